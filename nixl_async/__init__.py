@@ -1,0 +1,76 @@
+"""Move LLM inference data between GPU memory, CPU memory and machines with `await agent.transfer(src, dst)`.
+
+Rooms: `errors` (every exception) · `descriptors` (what to move) · `memory` (regions) · `transfer` (its life) · `backend` (the
+contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wire`, `link`, `membership`, `peers`,
+`notifications`, `metadata` (who is there) · `handle`, `agent` (what callers hold) · `testing` (conformance suite) · `cli`, `demo`.
+"""
+
+from nixl_async.agent import Agent, Explanation, Statistics
+from nixl_async.backend import Backend, Limits, Op, load_backend
+from nixl_async.descriptors import BlockLayout, Descriptor, MemoryKind
+from nixl_async.errors import (
+    AccessError,
+    AuthenticationError,
+    BackendError,
+    ClosedError,
+    ConfigurationError,
+    DescriptorError,
+    InternalError,
+    InvalidTransition,
+    MissingDependency,
+    NixlError,
+    NoRoute,
+    NotFoundError,
+    PeerLost,
+    ProtocolError,
+    Quarantined,
+    RegistrationError,
+    TransferError,
+)
+from nixl_async.handle import Part, PreparedTransfer, Transfer
+from nixl_async.memory import MemoryRegion, RemoteRegion
+from nixl_async.notifications import Notification
+from nixl_async.peers import MembershipEvent, Peer
+from nixl_async.transfer import TransferResult, TransferState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessError",
+    "Agent",
+    "AuthenticationError",
+    "Backend",
+    "BackendError",
+    "BlockLayout",
+    "ClosedError",
+    "ConfigurationError",
+    "Descriptor",
+    "DescriptorError",
+    "Explanation",
+    "InternalError",
+    "InvalidTransition",
+    "Limits",
+    "MembershipEvent",
+    "MemoryKind",
+    "MemoryRegion",
+    "MissingDependency",
+    "NixlError",
+    "NoRoute",
+    "NotFoundError",
+    "Notification",
+    "Op",
+    "Part",
+    "Peer",
+    "PeerLost",
+    "PreparedTransfer",
+    "ProtocolError",
+    "Quarantined",
+    "RegistrationError",
+    "RemoteRegion",
+    "Statistics",
+    "Transfer",
+    "TransferError",
+    "TransferResult",
+    "TransferState",
+    "load_backend",
+]

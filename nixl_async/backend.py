@@ -1,0 +1,233 @@
+"""The contract between the library and whatever moves the bytes. A plugin author reads this file and no other.
+
+A backend has one verb, `copy`, and one promise: when it returns or raises, `CancelledError` included, every byte is in
+place or none moves any more on its account. Backends decide no policy (which route, what order, when to retry: the
+scheduler's) and never import each other, the scheduler or the agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from nixl_async.errors import BackendError, ConfigurationError, MissingDependency, NixlError, TransferError
+
+if TYPE_CHECKING:
+    from nixl_async.descriptors import Plan, Side
+    from nixl_async.memory import MemoryRegion
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a backend wants in flight at most; the scheduler keeps to it.
+
+    `inline_nbytes`: plans up to this size may be offered to `copy_now` on the event loop (0: never). An op holds at most
+    `max_op_nbytes` bytes and `max_op_segments` segments. `drain_seconds`: how long a cancelled op may take to become
+    quiet before its memory is quarantined.
+    """
+
+    max_ops: int = 4
+    max_nbytes: int = 64 << 20
+    max_op_nbytes: int = 8 << 20
+    max_op_segments: int = 65536
+    inline_nbytes: int = 0
+    drain_seconds: float = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Op:
+    """One unit of work for one backend: the segments of `plan`, to or from one peer, or within this process.
+
+    `peer` is the remote side's name (`None`: both sides are ours); `put` is True when bytes go to the peer.
+    `parts` lists what it carries as (transfer id, first byte within that transfer, bytes); backends ignore it.
+    """
+
+    id: int
+    plan: Plan
+    peer: str | None
+    put: bool
+    parts: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes this op moves."""
+        return self.plan.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerInfo:
+    """What a backend learns of a peer: its name, its incarnation, and that peer's `describe()` bytes for this backend."""
+
+    name: str
+    incarnation: str
+    description: bytes
+    host: str | None = None
+
+
+@dataclass(slots=True)
+class Host:
+    """What the agent lends a backend at `open`: its name and incarnation, and where to report events.
+
+    `peer_lost(peer, reason)` and `notification(sender, payload)` must be called on the loop's thread.
+    """
+
+    agent_name: str
+    incarnation: str
+    loop: asyncio.AbstractEventLoop
+    peer_lost: Callable[[str, str], None] = field(default=lambda peer, reason: None)
+    notification: Callable[[str, bytes], None] = field(default=lambda sender, payload: None)
+
+
+class Backend(ABC):
+    """Moves bytes between two kinds of place. Subclass it, set `name`, and pass `nixl_async.testing.BackendTests`."""
+
+    name: ClassVar[str]
+    remote: ClassVar[bool] = True
+    """Whether the backend reaches peers; a local one is never asked to `connect`."""
+    limits: Limits = Limits()
+    rank: int = 50
+    """Routes are tried in rising rank; a caller's `backend=` overrides it."""
+
+    @abstractmethod
+    def refusal(self, src: Side, dst: Side) -> str | None:
+        """Return why this backend cannot copy between the two sides, or `None` if it can. Pure, cheap, no I/O."""
+
+    @abstractmethod
+    async def copy(self, op: Op) -> None:
+        """Copy every segment of `op`; return when all bytes are visible at the destination.
+
+        Cancelling must end quietly: stop what can be stopped, wait for the rest (`quiesce`), then raise `CancelledError`.
+
+        Raises:
+            TransferError: the copy failed; `retryable` says whether the same op may succeed later.
+        """
+
+    def copy_now(self, op: Op) -> bool:
+        """Copy a small op at once on the calling thread and return True, or return False to be given it through `copy`."""
+        return False
+
+    async def open(self, host: Host) -> None:
+        """Acquire what the backend needs: threads, sockets, contexts. Called once, on the loop that will be used.
+
+        Raises:
+            MissingDependency: the package or device that the backend needs is not there.
+        """
+
+    async def aclose(self) -> None:
+        """Release everything. No op is in flight when this is called."""
+
+    async def register(self, region: MemoryRegion) -> bytes:
+        """Make `region` known to the transport and return the key that peers need for it (may be empty)."""
+        return b""
+
+    async def unregister(self, region: MemoryRegion) -> None:
+        """Forget `region`; afterwards peers that still hold its key are refused."""
+
+    def describe(self) -> bytes:
+        """Return what a peer's backend of this name needs to reach us; it travels in the agent's metadata."""
+        return b""
+
+    async def connect(self, peer: PeerInfo) -> None:
+        """Prepare for ops to and from `peer`.
+
+        Raises:
+            TransferError: this backend cannot reach that peer; the agent then uses other routes.
+        """
+
+    async def listen(self, host: str) -> None:
+        """Accept peers on the local address `host` from here on; called by `agent.serve` before `describe`."""
+
+    async def send_notification(self, peer: str, payload: bytes) -> None:
+        """Deliver a notification to a peer that has no control connection (a stock NIXL agent).
+
+        Raises:
+            BackendError: this backend carries no notifications.
+        """
+        raise BackendError(f"backend {self.name!r} carries no notifications", backend=self.name, peer=peer)
+
+    async def disconnect(self, peer: str) -> None:
+        """Forget `peer`. No op of it is in flight, or the peer is lost and its ops have been failed."""
+
+
+async def quiesce(future: asyncio.Future[T]) -> T:
+    """Wait for `future` to end even if the waiting task is cancelled, any number of times; then raise the cancellation.
+
+    A backend awaits its unstoppable work through this, so that `copy` never returns while bytes still move.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError as error:
+            if future.cancelled():
+                break
+            cancelled = error
+        except BaseException:
+            break
+    if cancelled is not None:
+        if not future.cancelled():
+            future.exception()
+        raise cancelled
+    return future.result()
+
+
+@contextmanager
+def map_errors(
+    backend: str, mapping: dict[type[BaseException], Callable[..., TransferError]] | None = None, *, peer: str | None = None
+) -> Iterator[None]:
+    """Turn a third party's exceptions into ours at a backend's boundary.
+
+    The first entry of `mapping` that the exception is an instance of decides; everything else becomes `BackendError`.
+    Exceptions of this library and `CancelledError` pass through.
+    """
+    try:
+        yield
+    except (NixlError, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        for kind, wanted in (mapping or {}).items():
+            if isinstance(error, kind):
+                raise wanted(f"{backend}: {error}", backend=backend, peer=peer) from error
+        raise BackendError(f"{backend}: {type(error).__name__}: {error}", backend=backend, peer=peer) from error
+
+
+BUILT_IN = {
+    "memory": "nixl_async.backends.memory:MemoryBackend",
+    "samehost": "nixl_async.backends.samehost:SameHostBackend",
+    "ucx": "nixl_async.backends.ucx:UCXBackend",
+    "tcp": "nixl_async.backends.tcp:TCPBackend",
+}
+
+
+def load_backend(name: str, **options: Any) -> Backend:  # noqa: ANN401 - each backend has its own options
+    """Construct the backend called `name`: one of ours, or one that a package offers as entry point `nixl_async.backends`.
+
+    Raises:
+        ConfigurationError: no such backend; the message lists the known ones.
+        MissingDependency: the backend's package is not installed; the message has the command.
+    """
+    target = BUILT_IN.get(name)
+    if target is None:
+        offered = {point.name: point.value for point in entry_points(group="nixl_async.backends")}
+        target = offered.get(name)
+        if target is None:
+            raise ConfigurationError(f"no backend is called {name!r}; known are {', '.join(sorted(BUILT_IN | offered))}")
+    module_name, _, class_name = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except MissingDependency:
+        raise
+    except ImportError as error:
+        raise MissingDependency(f"backend {name!r} cannot be loaded: {error}") from error
+    backend = getattr(module, class_name)(**options)
+    if not isinstance(backend, Backend):
+        raise ConfigurationError(f"{target} is not a Backend")
+    return backend

@@ -1,0 +1,488 @@
+"""What to move: places in registered memory, as numpy arrays.
+
+One `Descriptor` stands for any number of pages of one region; nothing here makes a Python object per page. Validation,
+pairing, coalescing and splitting are vectorised. This module does no I/O and knows neither backends nor asyncio; a
+region is only something with an address, a size and an owner.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from nixl_async.errors import DescriptorError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array: TypeAlias = NDArray[np.int64]
+    Selection: TypeAlias = int | slice | Sequence[int] | NDArray[np.int64] | None
+
+AXES = ("layer", "kv", "block", "head")
+"""The axes a `BlockLayout` may have, in the order in which it always lists its pages."""
+
+
+class MemoryKind(enum.Enum):
+    """Where memory is; the values are NIXL's segment names."""
+
+    DRAM = "DRAM"
+    VRAM = "VRAM"
+
+
+class Region:
+    """Memory that descriptors point into: `nbytes` bytes at `address`, of this agent (`peer is None`) or of a peer."""
+
+    name: str
+    address: int
+    nbytes: int
+    kind: MemoryKind
+    device: int
+    peer: str | None
+    readonly: bool
+
+    def check_usable(self) -> None:
+        """Raise `ClosedError` when the region is deregistered, `PeerLost` when its peer is gone."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        owner = "" if self.peer is None else f" of {self.peer!r}"
+        return f"<{type(self).__name__} {self.name!r}{owner}: {self.nbytes} bytes {self.kind.value}>"
+
+    def __getitem__(self, item: slice) -> Descriptor:
+        """Describe the byte range `region[start:stop]`; like a `bytes` slice, but out-of-range ends are refused."""
+        if not isinstance(item, slice) or item.step not in (None, 1):
+            raise TypeError(f"index a region by a slice of bytes without a step, such as region[0:4096], not {item!r}")
+        start = 0 if item.start is None else operator.index(item.start)
+        stop = self.nbytes if item.stop is None else operator.index(item.stop)
+        if not 0 <= start <= stop <= self.nbytes:
+            raise DescriptorError(
+                f"bytes {start}:{stop} do not lie within region {self.name!r} of {self.nbytes} bytes (0 <= start <= stop)"
+            )
+        return Descriptor(self, np.array([start], np.int64), np.array([stop - start], np.int64))
+
+    def pages(
+        self, indices: ArrayLike, page_nbytes: int, *, offset: int = 0, stride_nbytes: int | None = None
+    ) -> Descriptor:
+        """Describe the pages `offset + i * stride_nbytes` for every i of `indices`, in that order.
+
+        `indices`: integers of any shape, read in C order; they are copied. `stride_nbytes` is `page_nbytes` unless given.
+
+        Raises:
+            DescriptorError: an index is negative or its page ends behind the region; a size is not positive.
+        """
+        page_nbytes = _positive("page_nbytes", page_nbytes)
+        stride = page_nbytes if stride_nbytes is None else _positive("stride_nbytes", stride_nbytes)
+        offset = operator.index(offset)
+        if offset < 0:
+            raise DescriptorError(f"offset is {offset}; it must not be negative")
+        chosen = _integers("indices", indices)
+        n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
+        _check_bounds("page index", chosen, n_pages, f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes")
+        offsets = chosen * stride
+        if offset:
+            offsets += offset
+        return Descriptor(self, offsets, np.full(len(offsets), page_nbytes, np.int64))
+
+    def ranges(self, offsets: ArrayLike, nbytes: ArrayLike) -> Descriptor:
+        """Describe the ranges of `nbytes[i]` bytes at `offsets[i]`; one integer for `nbytes` serves all of them.
+
+        Raises:
+            DescriptorError: a range is negative or ends behind the region, or the two lists differ in length.
+        """
+        starts = np.array(_integers("offsets", offsets))
+        lengths = _integers("nbytes", nbytes)
+        if len(lengths) == 1 and len(starts) != 1:
+            lengths = np.full(len(starts), lengths[0], np.int64)
+        else:
+            lengths = np.array(lengths)
+        if len(lengths) != len(starts):
+            raise DescriptorError(f"{len(starts)} offsets but {len(lengths)} byte counts; give one for each, or one for all")
+        if len(starts):
+            _check_bounds("byte count", lengths, self.nbytes + 1, f"region {self.name!r} has {self.nbytes} bytes")
+            _check_bounds("offset", starts, self.nbytes + 1, f"region {self.name!r} has {self.nbytes} bytes")
+            ends = starts + lengths
+            if (last := int(ends.max())) > self.nbytes:
+                raise DescriptorError(f"a range ends at byte {last}, but region {self.name!r} has {self.nbytes} bytes")
+        return Descriptor(self, starts, lengths)
+
+
+class Descriptor:
+    """N byte ranges of one region, in order: `offsets` and `lengths` in bytes, int64 arrays of shape (N,).
+
+    Made by `Region.pages`, `Region.ranges`, slicing a region, or `BlockLayout.pages`; those check the bounds.
+    """
+
+    __slots__ = ("lengths", "nbytes", "offsets", "region")
+
+    def __init__(self, region: Region, offsets: Array, lengths: Array) -> None:
+        self.region = region
+        self.offsets = offsets
+        self.lengths = lengths
+        self.nbytes = int(lengths[0]) if len(lengths) == 1 else int(lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __repr__(self) -> str:
+        return f"<Descriptor: {len(self)} ranges, {self.nbytes} bytes of {self.region!r}>"
+
+
+Places: TypeAlias = "Region | Descriptor | Sequence[Region | Descriptor]"
+"""What one side of a transfer may be."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The order in which a paged KV pool keeps its blocks.
+
+    `axes` names the dimensions from outermost to innermost, out of `AXES`; `shape` gives their lengths; every
+    element is a page of `page_nbytes` contiguous bytes. `BlockLayout(("layer", "kv", "block"), (32, 2, 1000), 65536)` is a
+    `[layers, 2, blocks, block_bytes]` pool, `BlockLayout(("block", "layer", "kv"), …)` a `[blocks, layers, 2, …]` one.
+    """
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    page_nbytes: int
+    _strides: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the axes and derive the byte strides."""
+        if not self.axes or len(set(self.axes)) != len(self.axes) or not set(self.axes) <= set(AXES):
+            raise DescriptorError(f"axes are {self.axes!r}; give each of them once, out of {AXES}")
+        if len(self.shape) != len(self.axes):
+            raise DescriptorError(f"{len(self.axes)} axes but {len(self.shape)} lengths in shape {self.shape!r}")
+        stride = _positive("page_nbytes", self.page_nbytes)
+        strides = {}
+        for axis, length in zip(reversed(self.axes), reversed(self.shape), strict=True):
+            strides[axis] = stride
+            stride *= _positive(f"length of axis {axis!r}", length)
+        object.__setattr__(self, "_strides", strides)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of a whole pool."""
+        total = self.page_nbytes
+        for length in self.shape:
+            total *= length
+        return total
+
+    def pages(self, region: Region, *, offset: int = 0, **selection: Selection) -> Descriptor:
+        """Describe the selected pages of a pool that starts `offset` bytes into `region`.
+
+        Each axis takes an integer, a slice, a list of integers, or nothing for all. Pages are listed in the order of
+        `AXES` whatever the layout's own order is, so that two sides with different layouts pair up.
+
+        Raises:
+            DescriptorError: an axis is unknown, an index is out of range, or the pool does not fit the region.
+        """
+        if unknown := set(selection) - set(self.axes):
+            raise DescriptorError(f"no axis {sorted(unknown)!r} in this layout; it has {self.axes!r}")
+        if offset < 0 or offset + self.nbytes > region.nbytes:
+            raise DescriptorError(
+                f"a pool of {self.nbytes} bytes at offset {offset} does not fit region {region.name!r} of {region.nbytes} bytes"
+            )
+        offsets = np.array([offset], np.int64)
+        for axis in AXES:
+            if axis in self.axes:
+                chosen = self._select(axis, selection.get(axis))
+                offsets = (offsets[:, None] + chosen * self._strides[axis]).ravel()
+        return Descriptor(region, offsets, np.full(len(offsets), self.page_nbytes, np.int64))
+
+    def _select(self, axis: str, selection: Selection) -> Array:
+        length = self.shape[self.axes.index(axis)]
+        if selection is None:
+            return np.arange(length, dtype=np.int64)
+        if isinstance(selection, slice):
+            return np.arange(length, dtype=np.int64)[selection]
+        chosen = _integers(axis, selection)
+        _check_bounds(f"{axis} index", chosen, length, f"the layout has {length} along axis {axis!r}")
+        return chosen
+
+
+# Side, Plan and Op are not `frozen`: that would triple what making one costs. Nobody changes them all the same.
+
+
+@dataclass(slots=True, eq=False)
+class Side:
+    """One side of a plan or op: absolute addresses, and the region each of them lies in.
+
+    `index[i]` is the position in `regions` of address i; `None` when there is one region. All regions of a side have the
+    same owner (`peer`), kind and device.
+    """
+
+    regions: tuple[Region, ...]
+    addresses: Array
+    index: Array | None = None
+
+    @property
+    def peer(self) -> str | None:
+        """The owner's name, `None` for this agent."""
+        return self.regions[0].peer
+
+    @property
+    def kind(self) -> MemoryKind:
+        """Where the memory is."""
+        return self.regions[0].kind
+
+    def take(self, start: int, stop: int) -> Side:
+        """Return addresses `start:stop`; the arrays are views."""
+        return Side(self.regions, self.addresses[start:stop], None if self.index is None else self.index[start:stop])
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """A checked, paired and coalesced transfer: `lengths[i]` bytes go from `src.addresses[i]` to `dst.addresses[i]`.
+
+    `part_ends[p]` is the number of bytes up to the end of part p, where each descriptor given for `src` is a part.
+    """
+
+    src: Side
+    dst: Side
+    lengths: Array
+    nbytes: int
+    part_ends: tuple[int, ...]
+
+    def split(self, max_nbytes: int, max_segments: int) -> Iterator[Plan]:
+        """Yield the plan in order as pieces of at most `max_nbytes` bytes and `max_segments` segments.
+
+        `part_ends` of a piece is empty.
+        """
+        if self.nbytes <= max_nbytes and len(self.lengths) <= max_segments:
+            yield self
+            return
+        src, dst, lengths = _cut_long(self.src, self.dst, self.lengths, max_nbytes)
+        ends = np.cumsum(lengths)
+        start, done = 0, 0
+        while start < len(lengths):
+            stop = int(np.searchsorted(ends, done + max_nbytes, "right"))
+            stop = min(stop, start + max_segments)
+            yield Plan(src.take(start, stop), dst.take(start, stop), lengths[start:stop], int(ends[stop - 1]) - done, ())
+            start, done = stop, int(ends[stop - 1])
+
+
+def make_plan(src: Places, dst: Places) -> Plan:
+    """Check both sides against each other, pair their ranges byte by byte in order, and coalesce neighbours.
+
+    The sides need equal byte counts in all, not equal pages: 4 KiB pages pair with 64 KiB pages. Runs that are contiguous
+    on both sides become one segment, never across parts. Ranges that overlap within `dst` leave undefined bytes.
+
+    Raises:
+        DescriptorError: the byte counts differ, a side is empty, or mixes owners, kinds or devices, or `dst` is read-only.
+        ClosedError: a region is deregistered, or its peer is gone.
+    """
+    if isinstance(src, Descriptor) and isinstance(dst, Descriptor) and len(src.offsets) == len(dst.offsets) == 1:
+        return _plan_one(src, dst)
+    sources, targets = _as_descriptors("src", src), _as_descriptors("dst", dst)
+    nbytes, wanted = sum(d.nbytes for d in sources), sum(d.nbytes for d in targets)
+    _check_sizes(nbytes, wanted)
+    for target in targets:
+        _check_writable(target.region)
+    part_ends, total = [], 0
+    for source in sources:
+        total += source.nbytes
+        part_ends.append(total)
+    a, a_lengths = _side(sources)
+    b, b_lengths = _side(targets)
+    if len(a_lengths) != len(b_lengths) or not np.array_equal(a_lengths, b_lengths):
+        a, b, lengths = _pair_unequal(a, a_lengths, b, b_lengths)
+    else:
+        lengths = a_lengths
+    if not lengths.all():
+        keep = lengths > 0
+        a, b, lengths = _choose(a, keep), _choose(b, keep), lengths[keep]
+    if len(lengths) > 1:
+        a, b, lengths = _coalesce(a, b, lengths, part_ends)
+    return Plan(a, b, lengths, nbytes, tuple(part_ends))
+
+
+def _plan_one(src: Descriptor, dst: Descriptor) -> Plan:
+    """Plan one range to one range: the case where the price of each numpy call counts."""
+    source, target = src.region, dst.region
+    source.check_usable()
+    target.check_usable()
+    _check_sizes(src.nbytes, dst.nbytes)
+    _check_writable(target)
+    a, b, lengths = src.offsets + source.address, dst.offsets + target.address, src.lengths
+    if src.nbytes == 0:
+        a, b, lengths = a[:0], b[:0], lengths[:0]
+    return Plan(Side((source,), a), Side((target,), b), lengths, src.nbytes, (src.nbytes,))
+
+
+def _check_sizes(nbytes: int, wanted: int) -> None:
+    if nbytes != wanted:
+        raise DescriptorError(f"src has {nbytes} bytes but dst has {wanted}; both sides need the same number")
+
+
+def _check_writable(region: Region) -> None:
+    if region.readonly:
+        raise DescriptorError(f"dst region {region.name!r} is read-only; register writable memory to receive into")
+
+
+def concatenate(plans: Sequence[Plan]) -> Plan:
+    """Join plans between the same two owners into one, for a single wire operation."""
+    if len(plans) == 1:
+        return plans[0]
+    return Plan(
+        _join([p.src for p in plans]),
+        _join([p.dst for p in plans]),
+        np.concatenate([p.lengths for p in plans]),
+        sum(p.nbytes for p in plans),
+        (),
+    )
+
+
+def _positive(what: str, value: int) -> int:
+    number = operator.index(value)
+    if number <= 0:
+        raise DescriptorError(f"{what} is {number}; it must be positive")
+    return number
+
+
+def _integers(what: str, values: ArrayLike) -> Array:
+    array = np.asarray(values)
+    if array.size == 0:
+        return np.zeros(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be integers, not {array.dtype}")
+    if array.dtype == np.uint64 and int(array.max()) > np.iinfo(np.int64).max:
+        raise DescriptorError(f"{what} holds {int(array.max())}, which is more than any region has")
+    return np.asarray(array, np.int64).ravel()
+
+
+def _check_bounds(what: str, values: Array, limit: int, allowed: str) -> None:
+    # As unsigned numbers the negative ones are the largest: one pass finds both kinds of error.
+    if len(values) and int(values.view(np.uint64).max()) >= limit:
+        low, high = int(values.min()), int(values.max())
+        raise DescriptorError(f"{what} {low if low < 0 else high} is out of range: {allowed}")
+
+
+def _as_descriptors(what: str, places: Places) -> list[Descriptor]:
+    listed = [places] if isinstance(places, Region | Descriptor) else list(places)
+    found = [place[:] if isinstance(place, Region) else place for place in listed]
+    for place in found:
+        if not isinstance(place, Descriptor):
+            raise TypeError(f"{what} must be regions or descriptors of regions, not {type(place).__name__}")
+    if not found:
+        raise DescriptorError(f"{what} is empty; give at least one region or descriptor")
+    first = found[0].region
+    seen = set()
+    for place in found:
+        region = place.region
+        if id(region) in seen:
+            continue
+        seen.add(id(region))
+        region.check_usable()
+        if (region.peer, region.kind, region.device) != (first.peer, first.kind, first.device):
+            raise DescriptorError(f"{what} mixes {first!r} with {region!r}; use one transfer for each owner, kind and device")
+    return found
+
+
+def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
+    if len(descriptors) == 1:
+        only = descriptors[0]
+        return Side((only.region,), only.offsets + only.region.address), only.lengths
+    regions: dict[int, int] = {}
+    table: list[Region] = []
+    positions = []
+    for descriptor in descriptors:
+        if id(descriptor.region) not in regions:
+            regions[id(descriptor.region)] = len(table)
+            table.append(descriptor.region)
+        positions.append(regions[id(descriptor.region)])
+    addresses = np.concatenate([d.offsets + d.region.address for d in descriptors])
+    index = np.repeat(np.array(positions, np.int64), [len(d) for d in descriptors]) if len(table) > 1 else None
+    return Side(tuple(table), addresses, index), np.concatenate([d.lengths for d in descriptors])
+
+
+def _choose(side: Side, which: NDArray[np.bool_] | Array) -> Side:
+    return Side(side.regions, side.addresses[which], None if side.index is None else side.index[which])
+
+
+def _pair_unequal(a: Side, a_lengths: Array, b: Side, b_lengths: Array) -> tuple[Side, Side, Array]:
+    a_ends, b_ends = np.cumsum(a_lengths), np.cumsum(b_lengths)
+    ends = np.union1d(a_ends, b_ends)
+    ends = ends[ends > 0]
+    starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
+
+    def cut(side: Side, side_ends: Array, lengths: Array) -> Side:
+        which = np.searchsorted(side_ends, starts, "right")
+        inside = starts - (side_ends[which] - lengths[which])
+        chosen = _choose(side, which)
+        return Side(chosen.regions, chosen.addresses + inside, chosen.index)
+
+    return cut(a, a_ends, a_lengths), cut(b, b_ends, b_lengths), ends - starts
+
+
+def _coalesce(a: Side, b: Side, lengths: Array, part_ends: Sequence[int]) -> tuple[Side, Side, Array]:
+    joined = _continues(a, lengths)
+    if not joined.any():
+        return a, b, lengths
+    joined &= _continues(b, lengths)
+    if not joined.any():
+        return a, b, lengths
+    page_nbytes = int(lengths[0])
+    uniform = int(lengths.min()) == int(lengths.max())
+    if len(part_ends) > 1:
+        inner = np.asarray(part_ends[:-1], np.int64)
+        firsts = inner // page_nbytes if uniform else np.searchsorted(np.cumsum(lengths), inner, "left") + 1
+        joined[firsts[(firsts > 0) & (firsts < len(lengths))] - 1] = False
+    breaks = np.flatnonzero(~joined)
+    starts = np.zeros(len(breaks) + 1, np.int64)
+    np.add(breaks, 1, out=starts[1:])
+    if uniform:
+        merged = np.empty_like(starts)
+        np.subtract(starts[1:], starts[:-1], out=merged[:-1])
+        merged[-1] = len(lengths) - starts[-1]
+        merged *= page_nbytes
+    else:
+        merged = np.add.reduceat(lengths, starts)
+    return _choose(a, starts), _choose(b, starts), merged
+
+
+def _continues(side: Side, lengths: Array) -> NDArray[np.bool_]:
+    """Tell for each range but the first whether it begins where the one before it ends, in the same region."""
+    addresses, last = side.addresses, len(lengths) - 1
+    joined = np.empty(last, np.bool_)
+    # In blocks: large temporaries go back to the kernel each time and cost more in page faults than in arithmetic.
+    for start in range(0, last, 8192):
+        stop = min(start + 8192, last)
+        gaps = addresses[start + 1 : stop + 1] - addresses[start:stop]
+        np.equal(gaps, lengths[start:stop], out=joined[start:stop])
+    if side.index is not None:
+        joined &= side.index[1:] == side.index[:-1]
+    return joined
+
+
+def _cut_long(a: Side, b: Side, lengths: Array, max_nbytes: int) -> tuple[Side, Side, Array]:
+    if int(lengths.max()) <= max_nbytes:
+        return a, b, lengths
+    counts = -(-lengths // max_nbytes)
+    which = np.repeat(np.arange(len(lengths)), counts)
+    step = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_nbytes
+    pieces = np.minimum(lengths[which] - step, max_nbytes)
+    a, b = _choose(a, which), _choose(b, which)
+    return Side(a.regions, a.addresses + step, a.index), Side(b.regions, b.addresses + step, b.index), pieces
+
+
+def _join(sides: list[Side]) -> Side:
+    addresses = np.concatenate([s.addresses for s in sides])
+    if all(s.regions == sides[0].regions and s.index is None for s in sides):
+        return Side(sides[0].regions, addresses)
+    table: list[Region] = []
+    where: dict[int, int] = {}
+    parts = []
+    for side in sides:
+        mapping = []
+        for region in side.regions:
+            if id(region) not in where:
+                where[id(region)] = len(table)
+                table.append(region)
+            mapping.append(where[id(region)])
+        positions = np.array(mapping, np.int64)
+        parts.append(np.full(len(side.addresses), positions[0]) if side.index is None else positions[side.index])
+    return Side(tuple(table), addresses, np.concatenate(parts) if len(table) > 1 else None)

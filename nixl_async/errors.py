@@ -1,0 +1,125 @@
+"""Every exception of the library: one root, and a cousin from the standard library where one exists.
+
+    NixlError
+    ├── ConfigurationError(ValueError)      the caller asked for something that cannot be set up
+    │   └── MissingDependency(ImportError)  an optional package is absent; the message names the extra
+    ├── DescriptorError(ValueError)         a byte range, page index or layout does not fit its region
+    ├── RegistrationError                   memory cannot be registered
+    ├── NoRoute                             no backend can copy between these two places; lists who was asked and why not
+    ├── ClosedError                         the agent, peer or region is closed already
+    ├── AuthenticationError(PermissionError)  the peer does not know the token, or sent none
+    ├── ProtocolError(ConnectionError)      the other side sent something malformed; that connection is closed
+    ├── TransferError                       a transfer failed: transfer_id, backend, peer, retryable, history
+    │   ├── NotFoundError(FileNotFoundError)
+    │   ├── AccessError(PermissionError)
+    │   ├── PeerLost(ConnectionError)       the peer's process ended, or it cannot be reached any more
+    │   ├── BackendError                    anything else a backend met; `__cause__` is the original
+    │   └── Quarantined                     the hardware never became quiet: do not reuse the memory
+    └── InternalError                       a fault in this library
+        └── InvalidTransition               an event that the transfer's state does not allow
+
+Whose fault it was is readable from the class: Configuration, Descriptor, Registration, NoRoute and Closed are the
+caller's, Transfer and Protocol the world's, Internal ours. `asyncio.CancelledError` is never wrapped.
+"""
+
+from collections.abc import Sequence
+
+
+class NixlError(Exception):
+    """Root of every exception that this library raises on its own account."""
+
+
+class ConfigurationError(NixlError, ValueError):
+    """Refuse an option, a name or a combination of them; the message says what is allowed."""
+
+
+class MissingDependency(ConfigurationError, ImportError):
+    """Report an optional package that is not installed, with the command that installs it."""
+
+
+class DescriptorError(NixlError, ValueError):
+    """Refuse a range, page list or layout that does not fit the memory it points into."""
+
+
+class RegistrationError(NixlError):
+    """Refuse memory that cannot be registered (empty, read-only, not contiguous, wrong device)."""
+
+
+class NoRoute(NixlError):
+    """Say that no backend can copy between two places.
+
+    `refusals` maps each backend that was asked to its reason.
+    """
+
+    def __init__(self, message: str, refusals: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.refusals = refusals or {}
+
+
+class ClosedError(NixlError):
+    """Refuse work on an agent, peer or region that is closed."""
+
+
+class AuthenticationError(NixlError, PermissionError):
+    """Refuse a peer whose token is wrong or missing."""
+
+
+class ProtocolError(NixlError, ConnectionError):
+    """Report a malformed, oversized or unexpected message; only its connection is closed."""
+
+
+class TransferError(NixlError):
+    """Report a transfer that did not complete; the destination's content is undefined.
+
+    `retryable` tells the scheduler whether the same op may succeed when sent again. `history` is the transfer's
+    bounded list of `(time, old state, event, new state)`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        transfer_id: int | None = None,
+        backend: str | None = None,
+        peer: str | None = None,
+        retryable: bool = False,
+        history: Sequence[tuple[float, str, str, str]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.transfer_id = transfer_id
+        self.backend = backend
+        self.peer = peer
+        self.retryable = retryable
+        self.history = tuple(history)
+
+
+class NotFoundError(TransferError, FileNotFoundError):
+    """Report a file, object or remote region that does not exist."""
+
+
+class AccessError(TransferError, PermissionError):
+    """Report an access that the operating system or the peer refused."""
+
+
+class PeerLost(TransferError, ConnectionError):
+    """Report a peer that died, was partitioned away, or left while it was needed."""
+
+
+class BackendError(TransferError):
+    """Report a failure inside a backend; `__cause__` carries the original."""
+
+
+class Quarantined(TransferError):
+    """Report an op that did not become quiet within the drain limit.
+
+    Bytes of it may still move: the local region named in the message stays registered for the life of the process
+    and must not be freed or reused, and neither must the peer's.
+    """
+
+
+class InternalError(NixlError):
+    """Report a fault in this library; please file it with the text of the exception."""
+
+
+class InvalidTransition(InternalError):
+    """Refuse an event that a transfer's state does not allow; the state is unchanged."""

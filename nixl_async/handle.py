@@ -1,0 +1,211 @@
+"""What a caller holds: the awaitable `Transfer`, and `PreparedTransfer`, which is sent again and again."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left, bisect_right
+from collections.abc import AsyncIterator, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nixl_async.errors import TransferError
+from nixl_async.transfer import TransferRecord, TransferResult, TransferState
+
+if TYPE_CHECKING:
+    from nixl_async.agent import Agent
+    from nixl_async.descriptors import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a transfer whose bytes are all in place: its position among the source descriptors, and its bytes."""
+
+    index: int
+    nbytes: int
+
+
+class Transfer:
+    """A transfer on its way: await it any number of times, cancel it, watch its progress.
+
+    When an await returns or raises, `CancelledError` included, no byte of either side moves any more on its account.
+    Cancelling a task that awaits it cancels the transfer (`asyncio.shield` prevents that).
+    """
+
+    __slots__ = ("__weakref__", "_agent", "_done", "_left", "_ready", "_record", "_waiters", "notify")
+
+    def __init__(self, agent: Agent, record: TransferRecord, notify: bytes | None) -> None:
+        self._agent = agent
+        self._record = record
+        self.notify = notify
+        self._done = False
+        self._waiters: list[asyncio.Future[None]] = []
+        ends = record.plan.part_ends
+        self._left = [end - start for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+        self._ready = [index for index, nbytes in enumerate(self._left) if nbytes == 0]
+
+    def __repr__(self) -> str:
+        record = self._record
+        route = record.routes[0] if record.routes else "?"
+        return f"<Transfer {record.id} {record.state.name} {record.nbytes_done}/{record.plan.nbytes} bytes by {route}>"
+
+    @property
+    def id(self) -> int:
+        """The transfer's number within its agent."""
+        return self._record.id
+
+    @property
+    def state(self) -> TransferState:
+        """Where the transfer is in its life."""
+        return self._record.state
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it moves in all."""
+        return self._record.plan.nbytes
+
+    @property
+    def nbytes_done(self) -> int:
+        """The bytes known to be in place."""
+        return self._record.nbytes_done
+
+    @property
+    def history(self) -> list[tuple[float, str, str, str]]:
+        """The state changes so far, as `(loop time in seconds, old, event, new)`; bounded."""
+        return list(self._record.history)
+
+    def done(self) -> bool:
+        """Return whether the transfer is final and its notification, if any, is on its way."""
+        return self._done
+
+    def cancelled(self) -> bool:
+        """Return whether the transfer ended by cancellation."""
+        return self._done and self.state is TransferState.CANCELLED
+
+    def cancel(self) -> bool:
+        """Ask for cancellation; return False if the outcome is decided already. Await the transfer to know it is quiet."""
+        if self.state not in (TransferState.QUEUED, TransferState.ACTIVE):
+            return False
+        self._agent._cancel(self._record.id)
+        return True
+
+    def exception(self) -> BaseException | None:
+        """Return why a finished transfer failed, `None` if it succeeded.
+
+        Raises:
+            asyncio.InvalidStateError: it is not finished.
+            asyncio.CancelledError: it was cancelled.
+        """
+        self._check_done()
+        if self.state is TransferState.CANCELLED:
+            raise asyncio.CancelledError
+        return self._record.error
+
+    def result(self) -> TransferResult:
+        """Return the summary of a finished transfer, or raise its error.
+
+        Raises:
+            asyncio.InvalidStateError: it is not finished.
+            asyncio.CancelledError: it was cancelled.
+            TransferError: it failed.
+        """
+        error = self.exception()
+        if error is not None:
+            raise error
+        return self._record.result()
+
+    def __await__(self) -> Generator[object, None, TransferResult]:
+        return self._wait().__await__()
+
+    async def parts(self) -> AsyncIterator[Part]:
+        """Yield each part once as soon as its last byte is in place; a part is one descriptor given as `src`.
+
+        Raises:
+            TransferError: the transfer failed; the parts yielded before are in place.
+        """
+        given = 0
+        sizes = self._record.plan.part_ends
+        while given < len(self._left):
+            while given < len(self._ready):
+                index = self._ready[given]
+                given += 1
+                yield Part(index, sizes[index] - (sizes[index - 1] if index else 0))
+            if given < len(self._left):
+                if self._done:
+                    self.result()
+                await self._change()
+
+    async def _wait(self) -> TransferResult:
+        cancelled: asyncio.CancelledError | None = None
+        while not self._done:
+            try:
+                await self._change()
+            except asyncio.CancelledError as error:
+                # Kept until the hardware is quiet: the caller may reuse its memory when this raises.
+                cancelled = error
+                self.cancel()
+        if cancelled is not None and not isinstance(self._record.error, TransferError):
+            raise cancelled
+        return self.result()
+
+    async def _change(self) -> None:
+        waiter = self._agent._loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            if not waiter.done():
+                self._waiters.remove(waiter)
+
+    def _check_done(self) -> None:
+        if not self._done:
+            raise asyncio.InvalidStateError(f"transfer {self.id} is {self.state.name}")
+
+    def _progress(self, start: int, nbytes: int) -> None:
+        """Count `nbytes` bytes from `start` on as in place."""
+        ends = self._record.plan.part_ends
+        stop = start + nbytes
+        for index in range(bisect_right(ends, start), min(bisect_left(ends, stop) + 1, len(ends))):
+            first = ends[index - 1] if index else 0
+            moved = min(stop, ends[index]) - max(start, first)
+            self._left[index] -= moved
+            if moved and self._left[index] == 0:
+                self._ready.append(index)
+        self._wake()
+
+    def _resolve(self) -> None:
+        self._done = True
+        self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class PreparedTransfer:
+    """A checked, paired, coalesced and routed transfer that can be sent any number of times, one at a time or many at once.
+
+    Made by `agent.prepare`. Sending it again costs no work per descriptor. It uses the bytes as they are when it is sent.
+    """
+
+    __slots__ = ("_agent", "pieces", "plan", "routes")
+
+    def __init__(self, agent: Agent, plan: Plan, pieces: list[Plan], routes: tuple[str, ...]) -> None:
+        self._agent = agent
+        self.plan = plan
+        self.pieces = pieces
+        self.routes = routes
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes each sending moves."""
+        return self.plan.nbytes
+
+    async def transfer(self, *, notify: bytes | None = None, priority: int = 0) -> TransferResult:
+        """Send it and wait until every byte is in place; see `Agent.transfer`."""
+        return await self._agent._transfer(self, notify, priority)
+
+    def submit(self, *, notify: bytes | None = None, priority: int = 0) -> Transfer:
+        """Send it without waiting; see `Agent.submit`."""
+        return self._agent._submit(self, notify, priority)

@@ -1,0 +1,458 @@
+"""Who is there: links, peers, their regions, and what happens when they come, change, leave or die.
+
+Owns every control connection of an agent. It moves no data: it tells the backends which peers exist, and the agent which
+transfers a lost peer takes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
+
+from nixl_async.backend import Backend, PeerInfo
+from nixl_async.errors import ClosedError, ConfigurationError, NixlError, PeerLost, ProtocolError
+from nixl_async.link import Link
+from nixl_async.memory import MemoryRegion
+from nixl_async.notifications import Inbox, Notification
+from nixl_async.peers import (
+    Announcement,
+    MembershipEvent,
+    MembershipEvents,
+    Peer,
+    decode_announcement,
+    describe_regions,
+    encode_announcement,
+    read_regions,
+)
+from nixl_async.wire import FrameType, Greeting, decode_json, encode_frame, encode_json
+
+logger = logging.getLogger("nixl_async.membership")
+
+LEAVE_SECONDS = 5.0
+"""How long a leaving agent waits for a peer to confirm that it is quiet."""
+
+
+class Membership:
+    """Keeps the peers of one agent.
+
+    `peer_gone(peer, error)` must fail the transfers with that peer, `peer_quiet(peer)` wait until none of them moves bytes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: str,
+        token: bytes | None,
+        *,
+        peer_gone: Callable[[str, PeerLost], None],
+        peer_quiet: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self.peers: dict[str, Peer] = {}
+        self.inbox = Inbox(self._consumed)
+        self.backends: list[Backend] = []
+        self.regions: dict[str, MemoryRegion] = {}
+        self.address: tuple[str, int] | None = None
+        self._name, self._incarnation, self._token = name, incarnation, token
+        self._peer_gone, self._peer_quiet = peer_gone, peer_quiet
+        self._server: asyncio.Server | None = None
+        self._links: set[Link] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._listeners: list[asyncio.Queue[MembershipEvent | None]] = []
+        self._arrivals: dict[str, list[asyncio.Future[Peer]]] = {}
+        # Answers awaited from peers: (peer, id) of a WITHDRAW, (peer, -1) of a LEAVE.
+        self._answers: dict[tuple[Link, int], asyncio.Future[None]] = {}
+        self._next_id = 0
+        self._closing = False
+
+    # Coming.
+
+    async def serve(self, host: str, port: int, advertise: str | None) -> tuple[str, int]:
+        """Accept control connections; return the address that peers connect to."""
+        if self._server is not None:
+            raise ConfigurationError(f"this agent is served at {self.address}; an agent is served once")
+        for backend in self.backends:
+            await backend.listen(host)
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(lambda: self._link(connecting=False), host, port)
+        except OSError as error:
+            raise ConfigurationError(f"cannot serve at {host}:{port}: {error}") from error
+        found = self._server.sockets[0].getsockname()
+        self.address = (advertise or found[0], found[1])
+        return self.address
+
+    async def connect(self, host: str, port: int) -> Peer:
+        """Connect to a served agent and wait until both sides know each other's regions."""
+        loop = asyncio.get_running_loop()
+        link = self._link(connecting=True)
+        try:
+            await loop.create_connection(lambda: link, host, port)
+        except OSError as error:
+            self._links.discard(link)
+            raise PeerLost(f"cannot connect to {host}:{port}: {error}", retryable=True) from error
+        try:
+            peer: Peer = await asyncio.shield(link.joined)
+        except asyncio.CancelledError:
+            link.close()
+            raise
+        return peer
+
+    async def add_peer(self, blob: bytes) -> Peer:
+        """Load a metadata blob that came out of band; connect to the agent it names."""
+        announcement = decode_announcement(blob)
+        if announcement.name == self._name:
+            raise ConfigurationError(f"the metadata is this agent's own ({self._name!r}); load a peer's")
+        known = self.peers.get(announcement.name)
+        if known is not None and known.incarnation == announcement.incarnation:
+            self._add_regions(known, announcement)
+            return known
+        if announcement.control is not None:
+            peer = await self.connect(*announcement.control)
+            if (peer.name, peer.incarnation) != (announcement.name, announcement.incarnation):
+                raise PeerLost(
+                    f"{announcement.control[0]}:{announcement.control[1]} is agent {peer.name!r} ({peer.incarnation}) and not the"
+                    f" {announcement.name!r} ({announcement.incarnation}) of the metadata: fetch the metadata again",
+                    peer=announcement.name,
+                )
+            return peer
+        if not announcement.stock:
+            raise ConfigurationError(
+                f"agent {announcement.name!r} is not served: call `await agent.serve(host, port)` there before `agent.metadata()`"
+            )
+        if known is not None:
+            await self._drop(known, PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name), "lost")
+        peer = Peer(announcement.name, announcement.incarnation)
+        await self._connect_backends(peer, announcement, None)
+        if not peer.backends:
+            raise PeerLost(f"no backend reaches {peer.name!r}: {peer.refusals}", peer=peer.name)
+        self._admit(peer, announcement)
+        return peer
+
+    async def wait_peer(self, name: str) -> Peer:
+        """Wait until a peer called `name` has joined."""
+        if (peer := self.peers.get(name)) is not None:
+            return peer
+        future = asyncio.get_running_loop().create_future()
+        waiting = self._arrivals.setdefault(name, [])
+        waiting.append(future)
+        try:
+            return await future
+        finally:
+            if future in waiting:
+                waiting.remove(future)
+
+    def metadata(self, regions: Iterable[MemoryRegion] | None = None) -> bytes:
+        """Return the blob that other agents, stock NIXL's among them, load."""
+        chosen = self.regions.values() if regions is None else regions
+        return encode_announcement(self._name, self._incarnation, self.address, self.backends, chosen)
+
+    def events(self) -> MembershipEvents:
+        """Listen to what happens to peers from here on."""
+        return MembershipEvents(self._listeners)
+
+    # Changing.
+
+    def publish(self, region: MemoryRegion) -> None:
+        """Tell every linked peer about a region."""
+        self.regions[region.name] = region
+        frame = encode_json(FrameType.REGIONS, {"added": describe_regions([region])})
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.send(frame)
+
+    async def withdraw(self, region: MemoryRegion) -> None:
+        """Take a region back: wait until every linked peer says that none of its transfers touches it."""
+        self.regions.pop(region.name, None)
+        links = [peer.link for peer in self.peers.values() if peer.link is not None]
+        await asyncio.gather(*(self._ask(link, FrameType.WITHDRAW, name=region.name) for link in links))
+
+    async def notify(self, name: str, payload: bytes) -> None:
+        """Send a notification; see `Agent.notify`."""
+        if name == self._name:
+            self.inbox.deliver(Notification(name, payload))
+            return
+        peer = self.get(name)
+        if peer.link is not None:
+            await peer.link.notify(payload)
+            return
+        for backend in self.backends:
+            if backend.name in peer.backends:
+                await backend.send_notification(name, payload)
+                return
+
+    def notify_nowait(self, name: str, payload: bytes) -> bool:
+        """Send a notification if that needs no waiting; return whether it was sent."""
+        if name == self._name:
+            self.inbox.deliver(Notification(name, payload))
+            return True
+        peer = self.peers.get(name)
+        return peer is not None and peer.link is not None and peer.link.notify_nowait(payload)
+
+    def get(self, name: str) -> Peer:
+        """Return the connected peer called `name`."""
+        try:
+            return self.peers[name]
+        except KeyError:
+            known = ", ".join(sorted(self.peers)) or "none"
+            raise PeerLost(f"no peer is called {name!r}; connected are: {known}", peer=name) from None
+
+    # Going.
+
+    async def disconnect(self, name: str) -> None:
+        """Part from a peer: its transfers with us fail, it confirms that it is quiet, and the link closes."""
+        peer = self.get(name)
+        await self._part(peer)
+
+    async def aclose(self) -> None:
+        """Leave every peer and close every connection."""
+        self._closing = True
+        if self._server is not None:
+            self._server.close()
+        await asyncio.gather(*(self._part(peer) for peer in list(self.peers.values())))
+        for link in list(self._links):
+            link.abort()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for waiting in self._arrivals.values():
+            for future in waiting:
+                if not future.done():
+                    future.set_exception(ClosedError("the agent is closed"))
+        if self._server is not None:
+            await self._server.wait_closed()
+        self.inbox.close()
+        for listener in self._listeners:
+            listener.put_nowait(None)
+
+    def backend_lost(self, backend: str, name: str, reason: str) -> None:
+        """Take note that a backend lost its connection to a peer."""
+        peer = self.peers.get(name)
+        if peer is None:
+            return
+        error = PeerLost(f"peer {name!r} is lost: {reason}", peer=name, backend=backend)
+        if peer.link is None:
+            self._spawn(self._drop(peer, error, "lost"))
+        elif backend == "samehost":
+            # Its process has ended, whatever the connection still says.
+            peer.link.fail(error)
+        else:
+            logger.warning("backend %s lost peer %s: %s", backend, name, reason)
+
+    # LinkOwner
+
+    def link_authenticated(self, link: Link) -> None:
+        """Take note that a link's other side knows the token; see `LinkOwner`."""
+        name = link.other.name
+        if name == self._name:
+            raise ConfigurationError(f"both agents are called {name!r}; names must be unique")
+        known = self.peers.get(name)
+        if link.connecting and known is not None and known.link is not None and known.incarnation == link.other.incarnation:
+            self._yield_to(link, known)
+            return
+        link.send(encode_frame(FrameType.METADATA, self.metadata()))
+
+    def link_frame(self, link: Link, kind: FrameType, payload: bytes) -> None:
+        """Act on a frame of an authenticated link; see `LinkOwner`."""
+        if kind is FrameType.METADATA:
+            announcement = decode_announcement(payload)
+            if (announcement.name, announcement.incarnation) != (link.other.name, link.other.incarnation):
+                raise ProtocolError(f"{link.other.name!r} sent the metadata of {announcement.name!r}")
+            link.hold()
+            self._spawn(self._join(link, announcement))
+            return
+        peer = self.peers.get(link.other.name)
+        if peer is None:
+            raise ProtocolError(f"unexpected {kind.name} before METADATA")
+        match kind:
+            case FrameType.NOTIFY:
+                self.inbox.deliver(Notification(peer.name, payload))
+            case FrameType.REGIONS:
+                value = decode_json(payload, added=list)
+                for region in read_regions(peer.name, peer.incarnation, value["added"]):
+                    peer.regions[region.name] = region
+                self._emit("regions", peer.name)
+            case FrameType.WITHDRAW:
+                value = decode_json(payload, id=int, name=str)
+                self._spawn(self._withdrawn(link, peer, value["name"], value["id"]))
+            case FrameType.WITHDRAWN:
+                self._answer(link, decode_json(payload, id=int)["id"])
+            case FrameType.LEAVE:
+                self._spawn(self._left(link, peer, decode_json(payload, id=int)["id"]))
+            case FrameType.LEFT:
+                self._answer(link, decode_json(payload, id=int)["id"])
+            case _:
+                raise ProtocolError(f"unexpected {kind.name}")
+
+    def link_closed(self, link: Link, error: Exception | None) -> None:
+        """Take note of a link's end; see `LinkOwner`."""
+        self._links.discard(link)
+        for key in [key for key in self._answers if key[0] is link]:
+            self._answer(*key)
+        peer = self.peers.get(link.other.name) if link.authenticated else None
+        if peer is None or peer.link is not link:
+            return
+        lost = error if isinstance(error, PeerLost) else PeerLost(str(error or "the peer left"), peer=peer.name)
+        lost.peer = peer.name
+        self._spawn(self._drop(peer, lost, "lost"))
+
+    # Inside.
+
+    def _link(self, *, connecting: bool) -> Link:
+        link = Link(self, Greeting.create(self._name, self._incarnation), self._token, connecting=connecting)
+        self._links.add(link)
+        return link
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a membership task failed", exc_info=error)
+
+    def _consumed(self, name: str, nbytes: int) -> None:
+        peer = self.peers.get(name)
+        if peer is not None and peer.link is not None:
+            peer.link.consumed(nbytes)
+
+    def _emit(self, kind: str, name: str, reason: str = "") -> None:
+        for listener in self._listeners:
+            listener.put_nowait(MembershipEvent(kind, name, reason))
+
+    def _yield_to(self, link: Link, known: Peer) -> None:
+        link.superseded = link.leaving = True
+        if not link.joined.done():
+            link.joined.set_result(known)
+        link.close()
+
+    async def _join(self, link: Link, announcement: Announcement) -> None:
+        known = self.peers.get(announcement.name)
+        if known is not None and known.incarnation == announcement.incarnation and known.link is not None:
+            # Both sides dialled at once: both keep the link that the agent with the smaller name began.
+            began, other_began = self._initiator(known.link), self._initiator(link)
+            if began < other_began:
+                self._yield_to(link, known)
+                return
+            old, known.link = known.link, link
+            old.superseded = old.leaving = True
+            old.close()
+            link.joined.set_result(known) if not link.joined.done() else None
+            link.unhold()
+            return
+        if known is not None:
+            error = PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name)
+            await self._drop(known, error, "lost")
+        peer = Peer(announcement.name, announcement.incarnation, link=link)
+        try:
+            await self._connect_backends(peer, announcement, link.host)
+        except NixlError as error:
+            link.fail(error)
+        if link.closed or self._closing:
+            await self._disconnect_backends(peer)
+            link.close()
+            return
+        self._admit(peer, announcement)
+        link.joined.set_result(peer) if not link.joined.done() else None
+        try:
+            link.unhold()
+        except NixlError as error:
+            link.fail(error)
+
+    def _initiator(self, link: Link) -> str:
+        return self._name if link.connecting else link.other.name
+
+    async def _connect_backends(self, peer: Peer, announcement: Announcement, host: str | None) -> None:
+        for backend in self.backends:
+            if not backend.remote:
+                continue
+            description = announcement.descriptions.get(backend.name)
+            if description is None:
+                peer.refusals[backend.name] = f"peer {peer.name!r} has no such backend"
+                continue
+            try:
+                await backend.connect(PeerInfo(peer.name, peer.incarnation, description, host))
+            except NixlError as error:
+                peer.refusals[backend.name] = str(error)
+            else:
+                peer.backends.add(backend.name)
+
+    async def _disconnect_backends(self, peer: Peer) -> None:
+        for backend in self.backends:
+            if backend.name in peer.backends:
+                try:
+                    await backend.disconnect(peer.name)
+                except NixlError as error:
+                    logger.warning("backend %s failed to part from %s: %s", backend.name, peer.name, error)
+
+    def _admit(self, peer: Peer, announcement: Announcement) -> None:
+        peer.regions.update({region.name: region for region in announcement.regions})
+        self.peers[peer.name] = peer
+        self._emit("joined", peer.name)
+        for future in self._arrivals.pop(peer.name, []):
+            if not future.done():
+                future.set_result(peer)
+
+    def _add_regions(self, peer: Peer, announcement: Announcement) -> None:
+        added = {r.name: r for r in announcement.regions if r.name not in peer.regions}
+        if added:
+            peer.regions.update(added)
+            self._emit("regions", peer.name)
+
+    async def _ask(self, link: Link, kind: FrameType, **fields: str) -> None:
+        """Send a question and wait for its answer, or for the link's end."""
+        self._next_id += 1
+        future = asyncio.get_running_loop().create_future()
+        self._answers[link, self._next_id] = future
+        link.send(encode_json(kind, {"id": self._next_id, **fields}))
+        if link.closed:
+            self._answer(link, self._next_id)
+        await future
+
+    def _answer(self, link: Link, number: int) -> None:
+        future = self._answers.pop((link, number), None)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def _withdrawn(self, link: Link, peer: Peer, name: str, number: int) -> None:
+        region = peer.regions.pop(name, None)
+        if region is not None:
+            region.withdrawn = "its owner deregistered it"
+            self._emit("regions", peer.name)
+            await region.wait_unused()
+        link.send(encode_json(FrameType.WITHDRAWN, {"id": number}))
+
+    async def _left(self, link: Link, peer: Peer, number: int) -> None:
+        link.leaving = True
+        await self._drop(peer, PeerLost(f"peer {peer.name!r} left", peer=peer.name), "left")
+        link.send(encode_json(FrameType.LEFT, {"id": number}))
+
+    async def _part(self, peer: Peer) -> None:
+        link = peer.link
+        await self._drop(peer, PeerLost(f"this agent disconnected from peer {peer.name!r}", peer=peer.name), "left")
+        if link is None or link.closed:
+            return
+        link.leaving = True
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self._ask(link, FrameType.LEAVE)
+        except TimeoutError:
+            logger.warning("peer %s did not confirm within %g s that it is quiet", peer.name, LEAVE_SECONDS)
+        link.close()
+
+    async def _drop(self, peer: Peer, error: PeerLost, kind: str) -> None:
+        """Forget a peer: fail its transfers, wait until they are quiet, tell the backends and whoever listens."""
+        if self.peers.get(peer.name) is not peer:
+            return
+        del self.peers[peer.name]
+        peer.gone = str(error)
+        for region in peer.regions.values():
+            region.withdrawn, region.peer_gone = peer.gone, True
+        self._peer_gone(peer.name, error)
+        self._emit(kind, peer.name, peer.gone)
+        await self._peer_quiet(peer.name)
+        await self._disconnect_backends(peer)

@@ -1,0 +1,227 @@
+"""Regions: memory registered with an agent, and a peer's registered memory as seen from here.
+
+`open_buffer` turns whatever holds bytes (numpy, bytearray, mmap, torch, DLPack, CUDA arrays) into an address; a
+`MemoryRegion` keeps that object alive and counts the transfers that hold it. Nothing here talks to backends or peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nixl_async.descriptors import MemoryKind, Region
+from nixl_async.errors import ClosedError, DescriptorError, PeerLost, RegistrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """An object's bytes: where they are, how many, and the object that must stay alive."""
+
+    address: int
+    nbytes: int
+    kind: MemoryKind
+    device: int
+    readonly: bool
+    owner: object
+
+
+def open_buffer(obj: Any) -> Buffer:  # noqa: ANN401 - anything that can show its bytes
+    """Find the bytes of `obj` without copying them.
+
+    Takes `__cuda_array_interface__` (VRAM), the buffer protocol, torch CPU tensors and DLPack on the CPU.
+
+    Raises:
+        RegistrationError: `obj` shows no bytes, is not C-contiguous, or has none.
+    """
+    if hasattr(obj, "__cuda_array_interface__"):
+        buffer = _cuda_buffer(obj)
+    else:
+        buffer = _host_buffer(obj)
+    if buffer.nbytes == 0:
+        raise RegistrationError(f"{_what(obj)} has no bytes; register memory of at least one byte")
+    return buffer
+
+
+def _what(obj: object) -> str:
+    return f"{type(obj).__module__}.{type(obj).__qualname__} object"
+
+
+def _cuda_buffer(obj: Any) -> Buffer:  # noqa: ANN401
+    interface = obj.__cuda_array_interface__
+    shape, itemsize = interface["shape"], np.dtype(interface["typestr"]).itemsize
+    strides = interface.get("strides")
+    nbytes = itemsize
+    for length in reversed(shape):
+        if strides is not None and length > 1 and strides[len(shape) - 1 :] and nbytes != strides[-1]:
+            raise RegistrationError(f"{_what(obj)} is not C-contiguous; register a contiguous array")
+        strides = None if strides is None else strides[:-1]
+        nbytes *= length
+    address, readonly = interface["data"]
+    device = getattr(getattr(obj, "device", None), "id", None)
+    if device is None:
+        device = getattr(getattr(obj, "device", None), "index", None) or 0
+    return Buffer(int(address), int(nbytes), MemoryKind.VRAM, int(device), bool(readonly), obj)
+
+
+def _host_buffer(obj: Any) -> Buffer:  # noqa: ANN401
+    try:
+        view = memoryview(obj)
+    except TypeError:
+        pass
+    except (BufferError, ValueError) as error:
+        raise RegistrationError(f"{_what(obj)} does not show its bytes: {error}") from error
+    else:
+        if not view.c_contiguous:
+            raise RegistrationError(f"{_what(obj)} is not C-contiguous; register a contiguous array, or its base")
+        if view.nbytes == 0:
+            return Buffer(0, 0, MemoryKind.DRAM, 0, view.readonly, obj)
+        flat = np.frombuffer(view, np.uint8)
+        return Buffer(flat.ctypes.data, view.nbytes, MemoryKind.DRAM, 0, view.readonly, flat)
+    if hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__"):
+        device_type, device = obj.__dlpack_device__()
+        if int(device_type) != 1:
+            raise RegistrationError(
+                f"{_what(obj)} is on DLPack device {int(device_type)}:{device}; only CPU memory is taken through DLPack,"
+                " CUDA memory through __cuda_array_interface__"
+            )
+        if not _torch_bytes_ok(obj):
+            raise RegistrationError(f"{_what(obj)} is not C-contiguous; register tensor.contiguous() instead")
+        pointer = getattr(obj, "data_ptr", None)
+        if pointer is not None:
+            # Not through numpy: it has no bfloat16 or float8, which KV caches use.
+            return Buffer(pointer(), obj.numel() * obj.element_size(), MemoryKind.DRAM, 0, False, obj)
+        try:
+            array = np.from_dlpack(obj)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise RegistrationError(f"{_what(obj)} does not show its bytes through DLPack: {error}") from error
+        if not array.flags.c_contiguous:
+            raise RegistrationError(f"{_what(obj)} is not C-contiguous; register a contiguous array")
+        return Buffer(array.ctypes.data, array.nbytes, MemoryKind.DRAM, 0, not array.flags.writeable, (obj, array))
+    raise RegistrationError(
+        f"cannot register {_what(obj)}: it offers neither the buffer protocol, nor DLPack, nor __cuda_array_interface__"
+    )
+
+
+def _torch_bytes_ok(obj: Any) -> bool:  # noqa: ANN401
+    check = getattr(obj, "is_contiguous", None)
+    return True if check is None else bool(check())
+
+
+class _Held(Region):
+    """Counts the transfers that use a region, and tells when none does."""
+
+    def __init__(self) -> None:
+        self._holders = 0
+        self._idle: asyncio.Event | None = None
+
+    def hold(self) -> None:
+        """Count one more transfer that uses the region."""
+        self._holders += 1
+
+    def release(self) -> None:
+        """Count one transfer less."""
+        self._holders -= 1
+        if self._holders == 0 and self._idle is not None:
+            self._idle.set()
+
+    async def wait_unused(self) -> None:
+        """Wait until no transfer uses the region."""
+        while self._holders:
+            if self._idle is None:
+                self._idle = asyncio.Event()
+            self._idle.clear()
+            await self._idle.wait()
+
+
+class MemoryRegion(_Held):
+    """Memory of this process, registered with an agent; made by `agent.register`.
+
+    It keeps the object whose bytes it names alive. `await region.aclose()` (or `async with`) deregisters it: that
+    waits for the transfers that hold it, and afterwards peers are refused.
+    """
+
+    peer = None
+
+    def __init__(self, name: str, buffer: Buffer, close: Callable[[MemoryRegion], Awaitable[None]]) -> None:
+        super().__init__()
+        self.name = name
+        self.address, self.nbytes = buffer.address, buffer.nbytes
+        self.kind, self.device, self.readonly = buffer.kind, buffer.device, buffer.readonly
+        self.keys: dict[str, bytes] = {}
+        """What each backend returned from `register`; published to peers."""
+        self.owner: object = buffer.owner
+        self.quarantined = False
+        self._close = close
+        self._closing = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the region is deregistered, or about to be."""
+        return self._closing
+
+    def check_usable(self) -> None:
+        """Raise `ClosedError` when the region is deregistered or quarantined."""
+        if self._closing:
+            raise ClosedError(f"region {self.name!r} is deregistered")
+        if self.quarantined:
+            raise ClosedError(f"region {self.name!r} is quarantined: bytes of a failed transfer may still move in it")
+
+    async def aclose(self) -> None:
+        """Deregister: refuse new transfers, wait for those that hold the region, tell peers. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        if not self.quarantined:
+            await self.wait_unused()
+        await self._close(self)
+        if not self.quarantined:
+            self.owner = None
+
+    async def __aenter__(self) -> MemoryRegion:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+
+class RemoteRegion(_Held):
+    """A peer's registered memory, learnt from its metadata; `peer.region(name)` finds it."""
+
+    def __init__(  # noqa: PLR0913 - a value with that many facts
+        self,
+        peer: str,
+        incarnation: str,
+        name: str,
+        address: int,
+        nbytes: int,
+        *,
+        kind: MemoryKind = MemoryKind.DRAM,
+        device: int = 0,
+        readonly: bool = False,
+        keys: dict[str, bytes] | None = None,
+    ) -> None:
+        if nbytes <= 0 or address <= 0 or address + nbytes >= 1 << 63:
+            raise DescriptorError(f"remote region {name!r} claims {nbytes} bytes at {address:#x}")
+        super().__init__()
+        self.peer = peer
+        self.incarnation = incarnation
+        self.name = name
+        self.address, self.nbytes = address, nbytes
+        self.kind, self.device, self.readonly = kind, device, readonly
+        self.keys = keys or {}
+        self.withdrawn = ""
+        """Why the region can no longer be used; empty while it can."""
+        self.peer_gone = False
+
+    def check_usable(self) -> None:
+        """Raise `ClosedError` when the peer withdrew the region, `PeerLost` when that life of the peer is over."""
+        if self.peer_gone:
+            raise PeerLost(self.withdrawn, peer=self.peer)
+        if self.withdrawn:
+            raise ClosedError(f"region {self.name!r} of peer {self.peer!r} is gone: {self.withdrawn}")

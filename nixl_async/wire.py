@@ -1,0 +1,201 @@
+"""The control connection between two agents: frames, handshake, authentication. Pure: bytes in, messages out.
+
+A frame is a u32 little-endian payload length, one type byte, and the payload. The two sides greet each other with HELLO
+(name, incarnation, a random nonce), prove that they know the token (HMAC-SHA256 over both greetings, compared in constant
+time; RFC 2104), and exchange metadata only after that. Data never travels here; see the backends.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import json
+import secrets
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nixl_async.errors import AuthenticationError, ProtocolError
+
+PROTOCOL = "nixl-async/1"
+MAX_GREETING_NBYTES = 4096
+MAX_FRAME_NBYTES = 256 << 20
+MAX_NAME_NBYTES = 255
+_HEADER = struct.Struct("<IB")
+
+
+class FrameType(enum.IntEnum):
+    """What a frame says."""
+
+    HELLO = 1
+    """JSON: protocol, name, incarnation, nonce (hex)."""
+    PROOF = 2
+    """The sender's HMAC, 32 bytes."""
+    METADATA = 3
+    """The sender's whole metadata blob."""
+    REGIONS = 4
+    """JSON: regions that were added to the metadata sent before."""
+    WITHDRAW = 5
+    """JSON: `id` and `name` of a region that the sender deregisters; answered by WITHDRAWN when quiet."""
+    WITHDRAWN = 6
+    """JSON: `id`; no transfer of the sender touches that region any more."""
+    NOTIFY = 7
+    """A notification's payload."""
+    CREDIT = 8
+    """u64: that many bytes of notifications were consumed."""
+    LEAVE = 9
+    """The sender goes away in an orderly manner; answered by LEFT when the receiver's transfers are quiet."""
+    LEFT = 10
+    """Nothing of the sender touches the leaving agent's memory any more."""
+    REFUSED = 11
+    """Text: why the sender closes the connection."""
+
+
+def encode_frame(kind: FrameType, payload: bytes = b"") -> bytes:
+    """Return the frame's bytes."""
+    return _HEADER.pack(len(payload), kind) + payload
+
+
+def encode_json(kind: FrameType, value: dict[str, Any]) -> bytes:
+    """Return a frame that carries `value` as JSON."""
+    return encode_frame(kind, json.dumps(value, separators=(",", ":")).encode())
+
+
+def decode_json(payload: bytes, **fields: type) -> dict[str, Any]:
+    """Return a JSON object that has every one of `fields` with its type.
+
+    Raises:
+        ProtocolError: it is no JSON object, or a field is missing or of another type.
+    """
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"malformed JSON in a frame: {error}") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(f"a frame holds a {type(value).__name__} where an object was expected")
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), kind) or (kind is int and isinstance(value[name], bool)):
+            raise ProtocolError(f"a frame's field {name!r} is {value.get(name)!r}; it must be of type {kind.__name__}")
+    return value
+
+
+class FrameReader:
+    """Cuts a byte stream into frames. `limit` is the largest payload accepted, in bytes; raise it after authentication."""
+
+    def __init__(self, limit: int = MAX_GREETING_NBYTES) -> None:
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> Iterator[tuple[FrameType, bytes]]:
+        """Yield the frames that `data` completes.
+
+        Raises:
+            ProtocolError: a frame is oversized or of an unknown type; the connection must be closed.
+        """
+        self._buffer += data
+        while len(self._buffer) >= _HEADER.size:
+            nbytes, number = _HEADER.unpack_from(self._buffer)
+            if nbytes > self.limit:
+                raise ProtocolError(f"a frame announces {nbytes} bytes; at most {self.limit} are accepted here")
+            try:
+                kind = FrameType(number)
+            except ValueError:
+                raise ProtocolError(f"a frame has the unknown type {number}") from None
+            end = _HEADER.size + nbytes
+            if len(self._buffer) < end:
+                return
+            payload = bytes(memoryview(self._buffer)[_HEADER.size : end])
+            del self._buffer[:end]
+            yield kind, payload
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """Who an agent says it is: its name, the id of this life of it, and a nonce for the proofs."""
+
+    name: str
+    incarnation: str
+    nonce: bytes
+
+    @classmethod
+    def create(cls, name: str, incarnation: str) -> Greeting:
+        """Make a greeting with a fresh nonce."""
+        return cls(name, incarnation, secrets.token_bytes(32))
+
+    def encode(self) -> bytes:
+        """Return the HELLO frame."""
+        return encode_json(
+            FrameType.HELLO,
+            {"protocol": PROTOCOL, "name": self.name, "incarnation": self.incarnation, "nonce": self.nonce.hex()},
+        )
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Greeting:
+        """Read a HELLO frame's payload.
+
+        Raises:
+            ProtocolError: it is malformed or of another protocol version.
+        """
+        value = decode_json(payload, protocol=str, name=str, incarnation=str, nonce=str)
+        if value["protocol"] != PROTOCOL:
+            raise ProtocolError(f"the other side speaks {value['protocol']!r}; this library speaks {PROTOCOL!r}")
+        name, incarnation = value["name"], value["incarnation"]
+        if not 0 < len(name.encode()) <= MAX_NAME_NBYTES or not 0 < len(incarnation) <= 64:
+            raise ProtocolError("a greeting has an empty or oversized name or incarnation")
+        try:
+            nonce = bytes.fromhex(value["nonce"])
+        except ValueError:
+            raise ProtocolError("a greeting's nonce is not hexadecimal") from None
+        if len(nonce) != 32:
+            raise ProtocolError(f"a greeting's nonce has {len(nonce)} bytes; it must have 32")
+        return cls(name, incarnation, nonce)
+
+
+class Handshake:
+    """Both sides' greetings and proofs; `connecting` says which side this is.
+
+    Call `greet`, then `greeted` with the other's HELLO payload, send `proof`, and `verify` the other's.
+    """
+
+    def __init__(self, own: Greeting, token: bytes | None, *, connecting: bool) -> None:
+        self.own = own
+        self.other: Greeting | None = None
+        self._token = token
+        self._connecting = connecting
+
+    def greeted(self, payload: bytes) -> Greeting:
+        """Take the other side's greeting.
+
+        Raises:
+            ProtocolError: it is malformed, or reflects our own nonce.
+        """
+        other = Greeting.decode(payload)
+        if hmac.compare_digest(other.nonce, self.own.nonce):
+            raise ProtocolError("the other side sent our own greeting back")
+        self.other = other
+        return other
+
+    def proof(self) -> bytes:
+        """Return this side's proof of the token."""
+        return self._digest(self._connecting)
+
+    def verify(self, proof: bytes) -> None:
+        """Check the other side's proof.
+
+        Raises:
+            AuthenticationError: the other side does not know the token.
+        """
+        if not hmac.compare_digest(proof, self._digest(not self._connecting)):
+            assert self.other is not None
+            raise AuthenticationError(f"{self.other.name!r} did not prove that it knows the token; give both agents the same")
+
+    def _digest(self, by_connector: bool) -> bytes:
+        assert self.other is not None
+        first, second = (self.own, self.other) if self._connecting else (self.other, self.own)
+        message = json.dumps(
+            [by_connector, *((g.name, g.incarnation, g.nonce.hex()) for g in (first, second))], separators=(",", ":")
+        )
+        key = b"unauthenticated" if self._token is None else b"token:" + self._token
+        return hmac.new(key, message.encode(), hashlib.sha256).digest()
