@@ -53,7 +53,7 @@ INLINE_BUDGET_NS = 400_000
 """How long one loop iteration may spend on copies made at once."""
 ALWAYS_INLINE_NBYTES = 16 << 10
 """Copies up to this size cost the loop less than queueing them would."""
-TOKEN_VARIABLE = "NIXL_ASYNC_TOKEN"  # noqa: S105 - the name of the variable
+TOKEN_VARIABLE = "NIXL_ASYNC_TOKEN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,7 @@ class Agent:
 
     # Memory.
 
-    async def register(self, obj: Any, *, name: str | None = None) -> MemoryRegion:  # noqa: ANN401 - see open_buffer
+    async def register(self, obj: Any, *, name: str | None = None) -> MemoryRegion:
         """Register an object's memory and tell the peers; the region keeps the object alive until it is closed.
 
         `obj`: a numpy array, bytearray, memoryview, mmap, torch CPU tensor, or anything with the buffer protocol, DLPack (CPU)
@@ -464,11 +464,11 @@ class Agent:
     def _routes(self, plan: Plan, forced: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
         refusals = dict(self._unavailable)
         if plan.src.peer is not None and plan.dst.peer is not None:
-            why = f"both sides are peers' ({plan.src.peer!r}, {plan.dst.peer!r}); one side must be this agent's"
-            return (), dict.fromkeys(self._backends, why)
+            both = f"both sides are peers' ({plan.src.peer!r}, {plan.dst.peer!r}); one side must be this agent's"
+            return (), dict.fromkeys(self._backends, both)
         name = plan.dst.peer if plan.dst.peer is not None else plan.src.peer
         peer = None if name is None else self._membership.get(name)
-        routes = []
+        routes: list[str] = []
         for backend in self._backends.values():
             if peer is not None and backend.name not in peer.backends:
                 why: str | None = peer.refusals.get(backend.name, "it reaches no peers")
@@ -497,7 +497,9 @@ class Agent:
         peer = self._membership.peers.get(plan.dst.peer or plan.src.peer or "")
         if backend is None and peer is not None and (plan.src.peer is None or plan.dst.peer is None):
             found = tuple(
-                name for name, one in self._backends.items() if name in peer.backends and one.refusal(plan.src, plan.dst) is None
+                name
+                for name, one in self._backends.items()
+                if name in peer.backends and one.refusal(plan.src, plan.dst) is None
             )
             if found:
                 return found

@@ -157,10 +157,11 @@ class Backend(ABC):
         """Forget `peer`. No op of it is in flight, or the peer is lost and its ops have been failed."""
 
 
-async def quiesce(future: asyncio.Future[T]) -> T:
+async def quiesce(future: asyncio.Future[T], stop: Callable[[], None] | None = None) -> T:
     """Wait for `future` to end even if the waiting task is cancelled, any number of times; then raise the cancellation.
 
-    A backend awaits its unstoppable work through this, so that `copy` never returns while bytes still move.
+    A backend awaits what it cannot abandon through this, so that `copy` never returns while bytes still move. `stop` is
+    called at the first cancellation to make the work end early.
     """
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
@@ -169,6 +170,8 @@ async def quiesce(future: asyncio.Future[T]) -> T:
         except asyncio.CancelledError as error:
             if future.cancelled():
                 break
+            if cancelled is None and stop is not None:
+                stop()
             cancelled = error
         except BaseException:
             break
@@ -207,7 +210,7 @@ BUILT_IN = {
 }
 
 
-def load_backend(name: str, **options: Any) -> Backend:  # noqa: ANN401 - each backend has its own options
+def load_backend(name: str, **options: Any) -> Backend:
     """Construct the backend called `name`: one of ours, or one that a package offers as entry point `nixl_async.backends`.
 
     Raises:

@@ -49,6 +49,14 @@ class Region:
         """Raise `ClosedError` when the region is deregistered, `PeerLost` when its peer is gone."""
         raise NotImplementedError
 
+    def hold(self) -> None:
+        """Count one more transfer that uses the region."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Count one transfer less."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         owner = "" if self.peer is None else f" of {self.peer!r}"
         return f"<{type(self).__name__} {self.name!r}{owner}: {self.nbytes} bytes {self.kind.value}>"
@@ -65,9 +73,7 @@ class Region:
             )
         return Descriptor(self, np.array([start], np.int64), np.array([stop - start], np.int64))
 
-    def pages(
-        self, indices: ArrayLike, page_nbytes: int, *, offset: int = 0, stride_nbytes: int | None = None
-    ) -> Descriptor:
+    def pages(self, indices: ArrayLike, page_nbytes: int, *, offset: int = 0, stride_nbytes: int | None = None) -> Descriptor:
         """Describe the pages `offset + i * stride_nbytes` for every i of `indices`, in that order.
 
         `indices`: integers of any shape, read in C order; they are copied. `stride_nbytes` is `page_nbytes` unless given.

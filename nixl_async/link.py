@@ -258,7 +258,7 @@ class Link(asyncio.Protocol):
         self.fail(ProtocolError(f"the handshake took longer than {HANDSHAKE_SECONDS:g} s"))
 
 
-def _watch(sock: Any) -> None:  # noqa: ANN401 - asyncio.trsock.TransportSocket or uvloop's own
+def _watch(sock: Any) -> None:
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -122,7 +122,9 @@ class Membership:
                 f"agent {announcement.name!r} is not served: call `await agent.serve(host, port)` there before `agent.metadata()`"
             )
         if known is not None:
-            await self._drop(known, PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name), "lost")
+            await self._drop(
+                known, PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name), "lost"
+            )
         peer = Peer(announcement.name, announcement.incarnation)
         await self._connect_backends(peer, announcement, None)
         if not peer.backends:
@@ -134,7 +136,7 @@ class Membership:
         """Wait until a peer called `name` has joined."""
         if (peer := self.peers.get(name)) is not None:
             return peer
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Peer] = asyncio.get_running_loop().create_future()
         waiting = self._arrivals.setdefault(name, [])
         waiting.append(future)
         try:

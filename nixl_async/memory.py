@@ -31,7 +31,7 @@ class Buffer:
     owner: object
 
 
-def open_buffer(obj: Any) -> Buffer:  # noqa: ANN401 - anything that can show its bytes
+def open_buffer(obj: Any) -> Buffer:
     """Find the bytes of `obj` without copying them.
 
     Takes `__cuda_array_interface__` (VRAM), the buffer protocol, torch CPU tensors and DLPack on the CPU.
@@ -52,7 +52,7 @@ def _what(obj: object) -> str:
     return f"{type(obj).__module__}.{type(obj).__qualname__} object"
 
 
-def _cuda_buffer(obj: Any) -> Buffer:  # noqa: ANN401
+def _cuda_buffer(obj: Any) -> Buffer:
     interface = obj.__cuda_array_interface__
     shape, itemsize = interface["shape"], np.dtype(interface["typestr"]).itemsize
     strides = interface.get("strides")
@@ -69,7 +69,7 @@ def _cuda_buffer(obj: Any) -> Buffer:  # noqa: ANN401
     return Buffer(int(address), int(nbytes), MemoryKind.VRAM, int(device), bool(readonly), obj)
 
 
-def _host_buffer(obj: Any) -> Buffer:  # noqa: ANN401
+def _host_buffer(obj: Any) -> Buffer:
     try:
         view = memoryview(obj)
     except TypeError:
@@ -108,7 +108,7 @@ def _host_buffer(obj: Any) -> Buffer:  # noqa: ANN401
     )
 
 
-def _torch_bytes_ok(obj: Any) -> bool:  # noqa: ANN401
+def _torch_bytes_ok(obj: Any) -> bool:
     check = getattr(obj, "is_contiguous", None)
     return True if check is None else bool(check())
 
@@ -193,7 +193,7 @@ class MemoryRegion(_Held):
 class RemoteRegion(_Held):
     """A peer's registered memory, learnt from its metadata; `peer.region(name)` finds it."""
 
-    def __init__(  # noqa: PLR0913 - a value with that many facts
+    def __init__(
         self,
         peer: str,
         incarnation: str,

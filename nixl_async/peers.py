@@ -149,7 +149,7 @@ def read_regions(peer: str, incarnation: str, listed: object) -> list[RemoteRegi
         raise ProtocolError(f"a peer's region is malformed: {error!r}") from None
 
 
-def _typed(value: Any, kind: type) -> Any:  # noqa: ANN401 - JSON
+def _typed(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{value!r} is not of type {kind.__name__}")
     return value
@@ -218,9 +218,7 @@ def decode_announcement(blob: bytes) -> Announcement:
         listed = record["regions"]
     except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise ProtocolError(f"the {RECORD} record of {metadata.agent!r} is malformed: {error!r}") from None
-    return Announcement(
-        metadata.agent, incarnation, address, descriptions, read_regions(metadata.agent, incarnation, listed)
-    )
+    return Announcement(metadata.agent, incarnation, address, descriptions, read_regions(metadata.agent, incarnation, listed))
 
 
 def _decode_stock(metadata: Metadata) -> Announcement:

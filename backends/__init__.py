@@ -1,0 +1,1 @@
+"""What moves the bytes: one file for each backend; the contract is `nixl_async.backend`."""
