@@ -39,7 +39,7 @@ class SameHostBackend(Backend):
 
     name = "samehost"
     rank = 10
-    limits = Limits(max_ops=2, inline_nbytes=64 << 10)
+    limits = Limits(max_ops=4, inline_nbytes=64 << 10, max_op_nbytes=16 << 20)
 
     def __init__(self) -> None:
         if not hasattr(os, "pidfd_open"):

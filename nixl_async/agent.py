@@ -134,7 +134,9 @@ class Agent:
         self._timer: asyncio.TimerHandle | None = None
         self._planner: ThreadPoolExecutor | None = None
         self._notifying: set[asyncio.Task[None]] = set()
+        # The time that copies made at once took in this loop iteration, and the task that made the first of them.
         self._inline_ns = 0
+        self._inline_task: asyncio.Task[Any] | None = None
         self._state = "new"
         self._counts = {"done": 0, "failed": 0, "cancelled": 0, "inline": 0}
         self._nbytes: dict[str, int] = {}
@@ -411,6 +413,7 @@ class Agent:
             TransferError: the copy failed.
         """
         if isinstance(src, PreparedTransfer):
+            self._check_prepared(src)
             prepared = src
         elif isinstance(src, Descriptor) and isinstance(dst, Descriptor) and len(src) + len(dst) <= OFF_LOOP_DESCRIPTORS:
             prepared = self._prepare_now(src, dst, backend)
@@ -518,9 +521,8 @@ class Agent:
                 region.check_usable()
 
     async def _transfer(self, prepared: PreparedTransfer, notify: bytes | None, priority: int) -> TransferResult:
-        self._check_prepared(prepared)
-        if self._inline_ns >= INLINE_BUDGET_NS and prepared.nbytes <= self._backends[prepared.routes[0]].limits.inline_nbytes:
-            # A task that only makes small copies would never let the loop run.
+        if self._inline_ns >= INLINE_BUDGET_NS and asyncio.current_task() is self._inline_task:
+            # A task that only makes small copies would never let the loop run; many tasks that make one each do.
             await asyncio.sleep(0)
             self._check_prepared(prepared)
         result = self._try_inline(prepared)
@@ -549,6 +551,7 @@ class Agent:
             return None
         spent = time.perf_counter_ns() - started
         if self._inline_ns == 0:
+            self._inline_task = asyncio.current_task()
             self._loop.call_soon(self._reset_inline)
         self._inline_ns += spent + 10_000
         self._counts["inline"] += 1
@@ -558,6 +561,7 @@ class Agent:
 
     def _reset_inline(self) -> None:
         self._inline_ns = 0
+        self._inline_task = None
 
     def _submit(self, prepared: PreparedTransfer, notify: bytes | None, priority: int) -> Transfer:
         self._check_prepared(prepared)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     Array: TypeAlias = NDArray[np.int64]
     Selection: TypeAlias = int | slice | Sequence[int] | NDArray[np.int64] | None
 
+# The arrays here are a few MiB. glibc gives such blocks back to the kernel as soon as they are freed, and mapping them afresh page
+# by page takes ten times as long as the arithmetic. Having freed one large block teaches it to keep them (mallopt(3),
+# M_MMAP_THRESHOLD is dynamic); this one is never touched and costs nothing.
+np.empty(31 << 20, np.uint8)
+
 AXES = ("layer", "kv", "block", "head")
 """The axes a `BlockLayout` may have, in the order in which it always lists its pages."""
 
@@ -437,9 +442,10 @@ def _coalesce(a: Side, b: Side, lengths: Array, part_ends: Sequence[int]) -> tup
         inner = np.asarray(part_ends[:-1], np.int64)
         firsts = inner // page_nbytes if uniform else np.searchsorted(np.cumsum(lengths), inner, "left") + 1
         joined[firsts[(firsts > 0) & (firsts < len(lengths))] - 1] = False
-    breaks = np.flatnonzero(~joined)
-    starts = np.zeros(len(breaks) + 1, np.int64)
-    np.add(breaks, 1, out=starts[1:])
+    first = np.empty(len(lengths), np.bool_)
+    first[0] = True
+    np.logical_not(joined, out=first[1:])
+    starts = np.flatnonzero(first)
     if uniform:
         merged = np.empty_like(starts)
         np.subtract(starts[1:], starts[:-1], out=merged[:-1])

@@ -204,7 +204,7 @@ class PreparedTransfer:
 
     async def transfer(self, *, notify: bytes | None = None, priority: int = 0) -> TransferResult:
         """Send it and wait until every byte is in place; see `Agent.transfer`."""
-        return await self._agent._transfer(self, notify, priority)
+        return await self._agent.transfer(self, notify=notify, priority=priority)
 
     def submit(self, *, notify: bytes | None = None, priority: int = 0) -> Transfer:
         """Send it without waiting; see `Agent.submit`."""
