@@ -60,6 +60,7 @@ class Membership:
         self._links: set[Link] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listeners: list[asyncio.Queue[MembershipEvent | None]] = []
+        self._joining: dict[str, asyncio.Lock] = {}
         self._arrivals: dict[str, list[asyncio.Future[Peer]]] = {}
         # Answers awaited from peers: (peer, id) of a WITHDRAW, (peer, -1) of a LEAVE.
         self._answers: dict[tuple[Link, int], asyncio.Future[None]] = {}
@@ -265,6 +266,9 @@ class Membership:
             link.hold()
             self._spawn(self._join(link, announcement))
             return
+        if kind is FrameType.SUPERSEDED:
+            link.superseded = link.leaving = True
+            return
         peer = self.peers.get(link.other.name)
         if peer is None:
             raise ProtocolError(f"unexpected {kind.name} before METADATA")
@@ -295,6 +299,9 @@ class Membership:
             self._answer(*key)
         peer = self.peers.get(link.other.name) if link.authenticated else None
         if peer is None or peer.link is not link:
+            return
+        if link.superseded:
+            asyncio.get_running_loop().call_later(LEAVE_SECONDS, self._unless_replaced, peer, link)
             return
         lost = error if isinstance(error, PeerLost) else PeerLost(str(error or "the peer left"), peer=peer.name)
         lost.peer = peer.name
@@ -327,22 +334,39 @@ class Membership:
             listener.put_nowait(MembershipEvent(kind, name, reason))
 
     def _yield_to(self, link: Link, known: Peer) -> None:
-        link.superseded = link.leaving = True
         if not link.joined.done():
             link.joined.set_result(known)
+        self._supersede(link)
+
+    def _supersede(self, link: Link) -> None:
+        link.leaving = True
+        link.send(encode_frame(FrameType.SUPERSEDED))
         link.close()
 
+    def _unless_replaced(self, peer: Peer, link: Link) -> None:
+        if peer.link is link:
+            self._spawn(
+                self._drop(peer, PeerLost(f"the connection to {peer.name!r} was not replaced", peer=peer.name), "lost")
+            )
+
     async def _join(self, link: Link, announcement: Announcement) -> None:
+        # One at a time for each name: two connections of one peer must not both find it absent.
+        lock = self._joining.setdefault(announcement.name, asyncio.Lock())
+        async with lock:
+            await self._join_alone(link, announcement)
+        if not lock.locked():
+            self._joining.pop(announcement.name, None)
+
+    async def _join_alone(self, link: Link, announcement: Announcement) -> None:
         known = self.peers.get(announcement.name)
         if known is not None and known.incarnation == announcement.incarnation and known.link is not None:
             # Both sides dialled at once: both keep the link that the agent with the smaller name began.
-            began, other_began = self._initiator(known.link), self._initiator(link)
-            if began < other_began:
+            old = known.link
+            if not old.closed and self._initiator(old) < self._initiator(link):
                 self._yield_to(link, known)
                 return
-            old, known.link = known.link, link
-            old.superseded = old.leaving = True
-            old.close()
+            known.link = link
+            self._supersede(old)
             link.joined.set_result(known) if not link.joined.done() else None
             link.unhold()
             return

@@ -51,6 +51,8 @@ class FrameType(enum.IntEnum):
     """Nothing of the sender touches the leaving agent's memory any more."""
     REFUSED = 11
     """Text: why the sender closes the connection."""
+    SUPERSEDED = 12
+    """The two agents dialled each other at once; the sender goes on with the other connection and closes this one."""
 
 
 def encode_frame(kind: FrameType, payload: bytes = b"") -> bytes:
