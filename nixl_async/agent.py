@@ -44,7 +44,7 @@ from nixl_async.wire import MAX_NAME_NBYTES
 logger = logging.getLogger("nixl_async.agent")
 
 DEFAULT_BACKENDS = ("memory", "samehost", "tcp", "ucx")
-OPTIONAL_BACKENDS = frozenset({"samehost", "tcp", "ucx"})
+OPTIONAL_BACKENDS = frozenset({"samehost", "ucx"})
 """Of the defaults, those that may be absent: their package or kernel feature is not everywhere."""
 
 OFF_LOOP_DESCRIPTORS = 32768

@@ -143,7 +143,7 @@ class Backend(ABC):
         """
 
     async def listen(self, host: str) -> None:
-        """Accept peers on the local address `host` from here on; called by `agent.serve` before `describe`."""
+        """Accept peers on the local address `host` too; called before `describe`, by `agent.serve` and before a connection."""
 
     async def send_notification(self, peer: str, payload: bytes) -> None:
         """Deliver a notification to a peer that has no control connection (a stock NIXL agent).

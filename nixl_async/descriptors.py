@@ -267,13 +267,20 @@ class Plan:
             yield self
             return
         src, dst, lengths = _cut_long(self.src, self.dst, self.lengths, max_nbytes)
+        longest = int(lengths.max())
+        if longest == int(lengths.min()):
+            step = min(max_nbytes // longest, max_segments)
+            for start in range(0, len(lengths), step):
+                stop = min(start + step, len(lengths))
+                yield Plan(src.take(start, stop), dst.take(start, stop), lengths[start:stop], (stop - start) * longest, ())
+            return
         ends = np.cumsum(lengths)
         start, done = 0, 0
         while start < len(lengths):
-            stop = int(np.searchsorted(ends, done + max_nbytes, "right"))
-            stop = min(stop, start + max_segments)
-            yield Plan(src.take(start, stop), dst.take(start, stop), lengths[start:stop], int(ends[stop - 1]) - done, ())
-            start, done = stop, int(ends[stop - 1])
+            stop = min(int(ends.searchsorted(done + max_nbytes, "right")), start + max_segments)
+            end = int(ends[stop - 1])
+            yield Plan(src.take(start, stop), dst.take(start, stop), lengths[start:stop], end - done, ())
+            start, done = stop, end
 
 
 def make_plan(src: Places, dst: Places) -> Plan:
@@ -418,7 +425,7 @@ def _pair_unequal(a: Side, a_lengths: Array, b: Side, b_lengths: Array) -> tuple
     a_ends, b_ends = np.cumsum(a_lengths), np.cumsum(b_lengths)
     ends = np.union1d(a_ends, b_ends)
     ends = ends[ends > 0]
-    starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
+    starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))[: len(ends)]
 
     def cut(side: Side, side_ends: Array, lengths: Array) -> Side:
         which = np.searchsorted(side_ends, starts, "right")

@@ -7,7 +7,10 @@ transfers a lost peer takes with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
@@ -87,12 +90,20 @@ class Membership:
     async def connect(self, host: str, port: int) -> Peer:
         """Connect to a served agent and wait until both sides know each other's regions."""
         loop = asyncio.get_running_loop()
+        try:
+            sock = await _dial(host, port)
+        except OSError as error:
+            raise PeerLost(f"cannot connect to {host}:{port}: {error}", retryable=True) from error
         link = self._link(connecting=True)
         try:
-            await loop.create_connection(lambda: link, host, port)
-        except OSError as error:
+            # What we tell the peer of our backends must be where it can reach them: the interface that led to it.
+            for backend in self.backends:
+                await backend.listen(sock.getsockname()[0])
+            await loop.create_connection(lambda: link, sock=sock)
+        except BaseException:
             self._links.discard(link)
-            raise PeerLost(f"cannot connect to {host}:{port}: {error}", retryable=True) from error
+            sock.close()
+            raise
         try:
             peer: Peer = await asyncio.shield(link.joined)
         except asyncio.CancelledError:
@@ -482,3 +493,30 @@ class Membership:
         self._emit(kind, peer.name, peer.gone)
         await self._peer_quiet(peer.name)
         await self._disconnect_backends(peer)
+
+
+async def _dial(host: str, port: int) -> socket.socket:
+    """Return a socket connected to the first of the host's addresses that answers."""
+    loop = asyncio.get_running_loop()
+    failure = OSError(f"{host!r} has no address")
+    for family, kind, protocol, _, address in await _addresses(host, port):
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        try:
+            await loop.sock_connect(sock, address)
+        except OSError as error:
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure
+
+
+async def _addresses(host: str, port: int) -> list[tuple[int, int, int, str, Any]]:
+    with contextlib.suppress(ValueError):
+        version = ipaddress.ip_address(host).version
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
+    return list(await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM))

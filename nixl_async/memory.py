@@ -55,12 +55,11 @@ def _what(obj: object) -> str:
 def _cuda_buffer(obj: Any) -> Buffer:
     interface = obj.__cuda_array_interface__
     shape, itemsize = interface["shape"], np.dtype(interface["typestr"]).itemsize
-    strides = interface.get("strides")
     nbytes = itemsize
-    for length in reversed(shape):
-        if strides is not None and length > 1 and strides[len(shape) - 1 :] and nbytes != strides[-1]:
+    strides = interface.get("strides") or (None,) * len(shape)
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length > 1 and stride not in (None, nbytes):
             raise RegistrationError(f"{_what(obj)} is not C-contiguous; register a contiguous array")
-        strides = None if strides is None else strides[:-1]
         nbytes *= length
     address, readonly = interface["data"]
     device = getattr(getattr(obj, "device", None), "id", None)
@@ -81,6 +80,8 @@ def _host_buffer(obj: Any) -> Buffer:
             raise RegistrationError(f"{_what(obj)} is not C-contiguous; register a contiguous array, or its base")
         if view.nbytes == 0:
             return Buffer(0, 0, MemoryKind.DRAM, 0, view.readonly, obj)
+        if "O" in view.format and np.asarray(view).dtype.hasobject:
+            raise RegistrationError(f"{_what(obj)} holds Python objects; register plain numbers or bytes")
         flat = np.frombuffer(view, np.uint8)
         return Buffer(flat.ctypes.data, view.nbytes, MemoryKind.DRAM, 0, view.readonly, flat)
     if hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__"):
@@ -159,6 +160,7 @@ class MemoryRegion(_Held):
         self.quarantined = False
         self._close = close
         self._closing = False
+        self._closer: asyncio.Future[None] | None = None
 
     @property
     def closed(self) -> bool:
@@ -173,10 +175,16 @@ class MemoryRegion(_Held):
             raise ClosedError(f"region {self.name!r} is quarantined: bytes of a failed transfer may still move in it")
 
     async def aclose(self) -> None:
-        """Deregister: refuse new transfers, wait for those that hold the region, tell peers. Idempotent."""
-        if self._closing:
-            return
+        """Deregister: refuse new transfers, wait for those that hold the region, tell peers. Idempotent.
+
+        Cancelling it leaves the deregistration going on; another call waits for its end.
+        """
         self._closing = True
+        if self._closer is None:
+            self._closer = asyncio.ensure_future(self._deregister())
+        await asyncio.shield(self._closer)
+
+    async def _deregister(self) -> None:
         if not self.quarantined:
             await self.wait_unused()
         await self._close(self)

@@ -1,0 +1,1 @@
+"""Measure nixl_async against NIXL, Mooncake and the machine's own limits: `python -m bench --help`."""

@@ -1,0 +1,186 @@
+"""The command line: one command for each part of the result, and `all`."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bench import system
+from bench.process import WorkerError
+from bench.report import Row, show, to_json
+from bench.session import DEFAULT, SAME_HOST, TCP, UCX_TCP, Path, Settings, WrongBytes, judged
+from bench.suites import busy, descriptors, idle, latency, many, stall, throughput
+
+app = typer.Typer(help="Measure nixl_async, its peers and the machine's limits in alternating turns.", no_args_is_help=True)
+
+WIDTH_WITHOUT_TERMINAL = 200
+
+Suite = Callable[[Settings], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A table: its title, and what yields its rows; the suites of a path run only if that path is wanted."""
+
+    title: str
+    suites: tuple[tuple[str, Suite], ...]
+
+
+def _paths(suite: Callable[[Settings, Path], Iterator[Row]], *paths: Path) -> tuple[tuple[str, Suite], ...]:
+    def along(path: Path) -> Suite:
+        return lambda settings: suite(settings, path)
+
+    return tuple((path.name, along(path)) for path in paths)
+
+
+COMMANDS = {
+    "throughput": Command("Many pages in random order", ((SAME_HOST.name, throughput.same_host), (TCP.name, throughput.tcp))),
+    "latency": Command("One small write, call to awaited completion, p50", _paths(latency.page, SAME_HOST, TCP)),
+    "notification": Command("Write, notification and answer, p50", _paths(latency.notification, SAME_HOST, TCP)),
+    "stall": Command("Event loop while 1 GiB moves, p99.9", _paths(stall.stall, SAME_HOST, TCP)),
+    "idle": Command("Nothing moves", ((DEFAULT.name, idle.idle),)),
+    "busy-peer": Command("The peer spins in pure Python", _paths(busy.busy_peer, SAME_HOST, TCP, UCX_TCP)),
+    "many": Command("Many transfers at once", _paths(many.many, SAME_HOST, TCP)),
+    "descriptors": Command("Descriptors", ((DEFAULT.name, descriptors.descriptors),)),
+}
+
+
+class Format(enum.Enum):
+    """How results are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+class Only(enum.Enum):
+    """Which paths between the two processes take part."""
+
+    ALL = "all"
+    SAME_HOST = "samehost"
+    TCP = "tcp"
+
+    def wants(self, path: str) -> bool:
+        """Whether a suite for the path called `path` runs."""
+        return self is Only.ALL or (self is Only.SAME_HOST) == (path == SAME_HOST.name)
+
+
+NixlPython = Annotated[
+    str | None,
+    typer.Option("--nixl-python", envvar="NIXL_ASYNC_NIXL_PYTHON", help="Interpreter of an environment with NIXL's wheel."),
+]
+MooncakePython = Annotated[
+    str | None,
+    typer.Option(
+        "--mooncake-python", envvar="NIXL_ASYNC_MOONCAKE_PYTHON", help="Interpreter of an environment with Mooncake's wheel."
+    ),
+]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="A table, or one JSON object a line (the first is the machine).")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that everything works; promises are not judged.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples of each contender.")]
+Mebibytes = Annotated[int, typer.Option("--mib", min=1, help="Bytes that a throughput sample moves, in MiB.")]
+Pages = Annotated[
+    list[int] | None, typer.Option("--page", help="Page sizes of `throughput`, bytes (default: the table's five).")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if a promise is not met.")]
+
+
+Paths = Annotated[Only, typer.Option("--path", help="Measure only one path between the processes.")]
+
+
+@dataclass
+class _Options:
+    settings: Settings
+    only: Only
+    format: Format
+    strict: bool
+
+
+def _run(options: _Options, commands: dict[str, Command]) -> None:
+    out, err = Console(), Console(stderr=True, soft_wrap=True)
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out = Console(width=WIDTH_WITHOUT_TERMINAL)
+    settings = options.settings
+    settings.warn = lambda text: err.print(f"[yellow]{escape(text)}[/]")
+    header = system.describe({"nixl": settings.nixl_python, "mooncake": settings.mooncake_python})
+    as_json = options.format is Format.JSON
+    if as_json:
+        print(to_json({"system": header}), flush=True)
+    else:
+        out.print("\n".join(f"[dim]{key}: {value}[/]" for key, value in header.items()), soft_wrap=True)
+    missed, failed = 0, 0
+    for name, command in commands.items():
+        rows = []
+        for path, suite in command.suites:
+            if not options.only.wants(path):
+                continue
+            try:
+                for row in _measure(suite, settings, err, quiet=as_json):
+                    rows.append(row)
+                    missed += row.met is False
+                    if as_json:
+                        print(to_json(row.as_dict()), flush=True)
+            except (WorkerError, WrongBytes) as error:
+                failed += 1
+                err.print(f"[bold red]{name}, {path}: failed:[/] {escape(str(error))}")
+        if not as_json and rows:
+            show(out, command.title, rows)
+    if missed and not as_json:
+        out.print(f"[bold red]{missed} rows miss a target[/]")
+    if failed or (missed and options.strict):
+        raise typer.Exit(1)
+
+
+def _measure(suite: Suite, settings: Settings, err: Console, *, quiet: bool) -> Iterator[Row]:
+    spinner = err.status("starting") if err.is_terminal else None
+    settings.progress = (lambda text: spinner.update(escape(text))) if spinner else (lambda text: None)
+    with spinner or nullcontext():
+        for row in judged(suite(settings), settings):
+            if spinner is None and not quiet:
+                err.print(f"[dim]{escape(str(row.case))}: {row.ours.median:.4g} {row.unit}[/]")
+            yield row
+
+
+def _command(name: str, help_text: str, commands: dict[str, Command]) -> None:
+    def command(
+        nixl_python: NixlPython = None,
+        mooncake_python: MooncakePython = None,
+        output: FormatOption = Format.TABLE,
+        path: Paths = Only.ALL,
+        page: Pages = None,
+        quick: Quick = False,
+        rounds: Rounds = 7,
+        mib: Mebibytes = 256,
+        strict: Strict = False,
+    ) -> None:
+        settings = Settings(nbytes=mib << 20, rounds=rounds, nixl_python=nixl_python, mooncake_python=mooncake_python)
+        if quick:
+            settings = settings.made_quick()
+        if page:
+            settings.pages = tuple(page)
+        _run(_Options(settings, path, output, strict), commands)
+
+    app.command(name, help=help_text)(command)
+
+
+for _name, _command_help in {
+    "throughput": "Bytes per second of many pages in random order, same host and TCP.",
+    "latency": "One 4 KiB page: call to awaited completion.",
+    "notification": "4 KiB write + notification + answering notification.",
+    "stall": "Loop stall on both sides while 1 GiB moves.",
+    "idle": "CPU of an agent with 8 peers and 100 pending waits.",
+    "busy-peer": "A pull from a peer that spins in pure Python.",
+    "many": "10,000 small transfers at once.",
+    "descriptors": "Nanoseconds per descriptor; prepared transfers.",
+}.items():
+    _command(_name, _command_help, {_name: COMMANDS[_name]})
+_command("all", "Every command, one after the other.", COMMANDS)

@@ -1,0 +1,312 @@
+/* The socket engine's types, its table of regions and its completions. Part of the unit tcp.c.
+
+   Locks, in the order in which they may nest: a stream's `lock` (its socket and queues), a loop's `lock` (inbox and list of
+   streams), the engine's `regions_lock`, the engine's `done_lock`. */
+#define TCP_MAGIC 0x5458494eu
+#define TCP_HELLO "nixltcp1"
+#define TCP_MAX_IDENTITY 1024
+#define TCP_MAX_SEGMENTS 65536
+#define TCP_MAX_OP (1ull << 30)
+#define TCP_CREDITS 64
+#define TCP_MAX_STRANGERS 256
+#define TCP_STAGE (32 << 10)
+#define TCP_IOV 1024
+#define TCP_CHUNK (1 << 20)
+#define TCP_QUANTUM (4 << 20)
+#define TCP_INLINE (64 << 10)
+#define TCP_STALE_NS 1000000000ll
+#define TCP_BUCKETS 256
+#define TCP_MAX_LISTENERS 16
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the tcp backend's frames are little-endian and are not converted"
+#endif
+
+enum { TCP_PUT = 1, TCP_GET, TCP_ACK, TCP_DATA, TCP_REFUSED };
+enum { TCP_UNKNOWN_KEY = 1, TCP_OUT_OF_RANGE, TCP_READ_ONLY, TCP_NO_MEMORY };
+enum { RX_HELLO, RX_HEAD, RX_TABLE, RX_PAYLOAD, RX_DISCARD };
+enum { DO_SUBMIT, DO_CANCEL, DO_DROP, DO_DROP_ACCEPTED, DO_CUT_REGION };
+
+typedef struct {
+    uint32_t magic;
+    uint8_t kind, status;
+    uint16_t zero;
+    uint32_t n_segments, n_keys;
+    uint64_t id, nbytes;
+} tcp_header;
+
+typedef struct {
+    char magic[8];
+    uint8_t token[16];
+    uint32_t n_identity, zero;
+} tcp_hello;
+
+/* A place in a registered region as it travels; once checked it becomes an iovec in the same 16 bytes. */
+typedef union {
+    struct {
+        uint64_t address;
+        uint32_t nbytes, key;
+    } segment;
+    struct iovec iov;
+} tcp_entry;
+
+_Static_assert(sizeof(tcp_header) == 32 && sizeof(tcp_hello) == 32 && sizeof(tcp_entry) == 16, "frames have no padding");
+
+typedef struct tcp_region {
+    struct tcp_region *next;
+    uint64_t key, address, nbytes;
+    int readonly, gone;
+    int64_t refs, gone_id;
+} tcp_region;
+
+/* A request or a reply. `head` is what is sent first (header, keys, segments), `iov` our memory: sent behind the head (PUT,
+   DATA) or filled by what arrives (GET, a peer's PUT). */
+typedef struct tcp_frame {
+    struct tcp_frame *next;
+    tcp_header header;
+    char *memory; /* what `head` and `iov` point into, unless `head` is `header` */
+    const char *head;
+    size_t n_head, head_done;
+    tcp_entry *iov;
+    int64_t n_iov, at;
+    uint64_t left;
+    tcp_region **held;
+    uint32_t n_held;
+    int cancelled;
+    uint64_t seen;
+} tcp_frame;
+
+typedef struct {
+    tcp_frame *first, **end;
+} tcp_queue;
+
+typedef struct tcp_loop tcp_loop;
+
+struct nx_tcp_stream {
+    nx_tcp_stream *next, *previous, *next_ready;
+    tcp_loop *loop;
+    int refs; /* atomic: the loop's, and that of whoever called nx_tcp_adopt */
+    pthread_mutex_t lock;
+    int fd, ours, in_ready, readable, writable, ended;
+    int64_t id;
+    tcp_queue queue, waiting;
+    int requests; /* of ours sent or being sent and not answered; of theirs not answered wholly */
+    uint64_t moved;
+    int64_t last_rx_ns;
+    int phase;
+    tcp_header rx;
+    tcp_frame *rx_frame;
+    char *rx_table;
+    size_t rx_table_done, rx_table_nbytes;
+    uint64_t rx_discard;
+    uint8_t rx_status;
+    char *stage;
+    size_t stage_at, stage_end;
+    uint32_t n_identity;
+    char identity[TCP_MAX_IDENTITY];
+};
+
+typedef struct tcp_command {
+    struct tcp_command *next;
+    int kind;
+    nx_tcp_stream *stream;
+    tcp_frame *frame;
+    int64_t id;
+    uint64_t key;
+    int *countdown;
+    uint32_t n_identity;
+    char identity[];
+} tcp_command;
+
+struct tcp_loop {
+    nx_tcp *engine;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    int epoll_fd, wake_fd, started, sleeping, stop;
+    tcp_command *first, **end;
+    nx_tcp_stream *streams, *ready, *ended;
+};
+
+typedef struct {
+    int64_t id, status;
+} tcp_completion;
+
+struct nx_tcp {
+    uint8_t token[16];
+    int event_fd, n_loops, strangers, n_listeners, listeners[TCP_MAX_LISTENERS];
+    unsigned next_loop;
+    pthread_mutex_t regions_lock, done_lock;
+    tcp_region *regions[TCP_BUCKETS];
+    tcp_completion *done;
+    int64_t n_done, at_done, room_done;
+    tcp_loop loops[];
+};
+
+static int64_t tcp_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+static void tcp_push(tcp_queue *queue, tcp_frame *frame) {
+    frame->next = NULL;
+    *queue->end = frame;
+    queue->end = &frame->next;
+}
+
+static tcp_frame *tcp_pop(tcp_queue *queue) {
+    tcp_frame *frame = queue->first;
+    queue->first = frame->next;
+    if (!queue->first)
+        queue->end = &queue->first;
+    return frame;
+}
+
+/* Completions. */
+
+static void tcp_complete(nx_tcp *engine, int64_t id, int64_t status) {
+    pthread_mutex_lock(&engine->done_lock);
+    if (engine->n_done == engine->room_done) {
+        int64_t room = engine->room_done ? 2 * engine->room_done : 256;
+        tcp_completion *grown = realloc(engine->done, (size_t)room * sizeof *grown);
+        if (!grown)
+            abort(); /* Losing a completion would leave a caller waiting for ever. */
+        engine->done = grown;
+        engine->room_done = room;
+    }
+    engine->done[engine->n_done++] = (tcp_completion){id, status};
+    int first = engine->n_done - engine->at_done == 1;
+    pthread_mutex_unlock(&engine->done_lock);
+    if (first) {
+        uint64_t one = 1;
+        while (write(engine->event_fd, &one, 8) < 0 && errno == EINTR) {}
+    }
+}
+
+int nx_tcp_completions(nx_tcp *engine, int64_t *ids, int64_t *statuses, int max) {
+    uint64_t drained;
+    while (read(engine->event_fd, &drained, 8) < 0 && errno == EINTR) {}
+    pthread_mutex_lock(&engine->done_lock);
+    int n = 0;
+    while (n < max && engine->at_done < engine->n_done) {
+        tcp_completion *one = &engine->done[engine->at_done++];
+        ids[n] = one->id;
+        statuses[n++] = one->status;
+    }
+    int more = engine->at_done < engine->n_done;
+    if (!more)
+        engine->at_done = engine->n_done = 0;
+    pthread_mutex_unlock(&engine->done_lock);
+    if (more) {
+        uint64_t one = 1;
+        while (write(engine->event_fd, &one, 8) < 0 && errno == EINTR) {}
+    }
+    return n;
+}
+
+/* Regions. */
+
+static tcp_region **tcp_find(nx_tcp *engine, uint64_t key) {
+    tcp_region **place = &engine->regions[key % TCP_BUCKETS];
+    while (*place && (*place)->key != key)
+        place = &(*place)->next;
+    return place;
+}
+
+int nx_tcp_register(nx_tcp *engine, uint64_t key, int64_t address, int64_t nbytes, int readonly) {
+    tcp_region *region = calloc(1, sizeof *region);
+    if (!region)
+        return -ENOMEM;
+    region->key = key;
+    region->address = (uint64_t)address;
+    region->nbytes = (uint64_t)nbytes;
+    region->readonly = readonly;
+    pthread_mutex_lock(&engine->regions_lock);
+    tcp_region **place = tcp_find(engine, key);
+    int taken = *place != NULL;
+    if (!taken)
+        *place = region;
+    pthread_mutex_unlock(&engine->regions_lock);
+    if (taken)
+        free(region);
+    return taken ? -EEXIST : 0;
+}
+
+/* Refuses the region from here on; `id` completes once no peer's request touches it. */
+int nx_tcp_unregister(nx_tcp *engine, uint64_t key, int64_t id) {
+    pthread_mutex_lock(&engine->regions_lock);
+    tcp_region **place = tcp_find(engine, key), *region = *place;
+    int quiet = region && region->refs == 0;
+    if (quiet) {
+        *place = region->next;
+    } else if (region) {
+        region->gone = 1;
+        region->gone_id = id;
+    }
+    pthread_mutex_unlock(&engine->regions_lock);
+    if (quiet)
+        free(region);
+    if (quiet || !region)
+        tcp_complete(engine, id, region ? 0 : -ENOENT);
+    return 0;
+}
+
+static void tcp_release(nx_tcp *engine, tcp_frame *frame) {
+    for (uint32_t i = 0; i < frame->n_held; i++) {
+        tcp_region *region = frame->held[i];
+        pthread_mutex_lock(&engine->regions_lock);
+        int quiet = --region->refs == 0 && region->gone;
+        if (quiet)
+            *tcp_find(engine, region->key) = region->next;
+        pthread_mutex_unlock(&engine->regions_lock);
+        if (quiet) {
+            tcp_complete(engine, region->gone_id, 0);
+            free(region);
+        }
+    }
+    frame->n_held = 0;
+}
+
+static void tcp_free(nx_tcp *engine, tcp_frame *frame) {
+    tcp_release(engine, frame);
+    free(frame->held);
+    free(frame->memory);
+    free(frame);
+}
+
+/* Holds the regions that a peer's request names, checks every segment, and turns the segments into iovecs. Returns 0 or the
+   status to refuse with; then nothing is held. */
+static int tcp_admit(nx_tcp *engine, tcp_frame *frame) {
+    const char *keys = frame->memory;
+    uint32_t n_keys = frame->header.n_keys;
+    int put = frame->header.kind == TCP_PUT, status = 0;
+    uint64_t key;
+    frame->held = malloc(n_keys * sizeof *frame->held);
+    if (!frame->held)
+        return TCP_NO_MEMORY;
+    pthread_mutex_lock(&engine->regions_lock);
+    for (uint32_t i = 0; i < n_keys && !status; i++) {
+        memcpy(&key, keys + 8 * i, 8);
+        tcp_region *region = *tcp_find(engine, key);
+        if (!region || region->gone)
+            status = TCP_UNKNOWN_KEY;
+        else if (put && region->readonly)
+            status = TCP_READ_ONLY;
+        else {
+            region->refs++;
+            frame->held[frame->n_held++] = region;
+        }
+    }
+    pthread_mutex_unlock(&engine->regions_lock);
+    for (int64_t i = 0; i < frame->n_iov && !status; i++) {
+        tcp_entry entry = frame->iov[i];
+        uint64_t address = entry.segment.address, nbytes = entry.segment.nbytes;
+        tcp_region *region = frame->held[entry.segment.key];
+        if (address < region->address || nbytes > region->nbytes || address - region->address > region->nbytes - nbytes)
+            status = TCP_OUT_OF_RANGE;
+        frame->iov[i].iov = (struct iovec){(void *)(uintptr_t)address, nbytes};
+    }
+    if (status)
+        tcp_release(engine, frame);
+    return status;
+}
