@@ -18,19 +18,25 @@ import secrets
 import socket
 import struct
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, quiesce
+from nixl_async.backend import Backend, Begun, Host, Limits, Op, PeerInfo, quiesce
 from nixl_async.descriptors import MemoryKind, Side
 from nixl_async.errors import AccessError, BackendError, ConfigurationError, PeerLost, TransferError
-from nixl_async.memory import MemoryRegion
+from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.native import ffi, int64, lib
 
 CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 1.0
 """How long a cancelled request may take before its connection is cut: a live peer needs milliseconds."""
+SPIN_NS = 150_000
+"""How long a small copy looks for its answer before it lets the loop run: waking up takes longer than a near peer's answer."""
+SPIN_MISSES = 3
+SPIN_AGAIN = 32
+"""After so many vain looks in a row only every 32nd small copy tries one again: that peer is far away, or busy."""
 _BATCH = 256
 _TOKEN_NBYTES = 16
 _KEY = struct.Struct("<Q")
@@ -54,15 +60,19 @@ class _Peer:
     name: str
     identity: bytes
     streams: list[_Stream] = field(default_factory=list)
+    """The connections for bulk; the express one, which this thread drives, comes after them."""
+    express: _Stream | None = None
+    express_fd: int = -1
+    misses: int = 0
     lost: str = ""
 
 
 class TCPBackend(Backend):
-    """Moves bytes to and from peers over `streams` connections each, by `threads` native threads in all."""
+    """Moves bytes to and from peers over `streams` connections each, by `threads` threads in all, and small copies at once."""
 
     name = "tcp"
     rank = 30
-    limits = Limits(max_ops=4, max_op_nbytes=8 << 20, max_op_segments=16384)
+    limits = Limits(max_ops=4, max_op_nbytes=8 << 20, max_op_segments=16384, inline_nbytes=16 << 10)
 
     def __init__(self, *, streams: int = 2, threads: int | None = None) -> None:
         if not 1 <= streams <= 64:
@@ -155,7 +165,7 @@ class TCPBackend(Backend):
             async with asyncio.timeout(CONNECT_SECONDS):
                 sockets.append(await self._reach(peer, places, token, identity))
                 place = sockets[0].getpeername()
-                for _ in range(self._n_streams - 1):
+                for _ in range(self._n_streams):
                     sockets.append(await self._greet(sockets[0].family, place, token, identity))
         except TimeoutError:
             for sock in sockets:
@@ -170,12 +180,17 @@ class TCPBackend(Backend):
                 sock.close()
             raise
         self._peers[peer.name] = known
+        known.express_fd = sockets[-1].fileno()
         for sock in sockets:
-            number = next(self._ids)
+            number, express = next(self._ids), sock is sockets[-1]
             ended = self._expect(number)
-            pointer = lib.nx_tcp_adopt(self._engine, sock.detach(), number)
-            known.streams.append(_Stream(pointer, ended))
-            ended.add_done_callback(lambda future, name=peer.name: self._ended(known, future))  # type: ignore[misc]
+            stream = _Stream(lib.nx_tcp_adopt(self._engine, sock.detach(), number, express), ended)
+            ended.add_done_callback(partial(self._ended, known))
+            if express:
+                known.express = stream
+            else:
+                known.streams.append(stream)
+        host.loop.add_reader(known.express_fd, self._pump, known)
 
     async def disconnect(self, peer: str) -> None:
         """Close the connections with a peer, those it opened included; afterwards none of its requests is served."""
@@ -183,14 +198,18 @@ class TCPBackend(Backend):
         if known is None:
             return
         known.lost = known.lost or "we parted from it"
-        for stream in known.streams:
+        streams = [*known.streams, *([known.express] if known.express else [])]
+        for stream in streams:
             lib.nx_tcp_drop(stream.pointer)
         number = next(self._ids)
         dropped = self._expect(number)
         lib.nx_tcp_drop_accepted(self._engine, known.identity, len(known.identity), number)
-        await quiesce(asyncio.gather(dropped, *(stream.ended for stream in known.streams)))
-        for stream in known.streams:
-            lib.nx_tcp_forget(stream.pointer)
+        try:
+            await quiesce(asyncio.gather(dropped, *(stream.ended for stream in streams)))
+        finally:
+            self._unwatch(known)
+            for stream in streams:
+                lib.nx_tcp_forget(stream.pointer)
 
     async def register(self, region: MemoryRegion) -> bytes:
         """Let peers that know the key read the region, and write to it unless it is read-only."""
@@ -228,6 +247,43 @@ class TCPBackend(Backend):
             return "it is not connected to that peer"
         return None
 
+    def copy_now(self, op: Op) -> bool | Begun:
+        """Send a small request over the idle express connection, and look for its answer for a moment."""
+        peer = self._peers.get(op.peer or "")
+        if peer is None or peer.lost or peer.express is None:
+            return False
+        spin = SPIN_NS if peer.misses < SPIN_MISSES or peer.misses % SPIN_AGAIN == 0 else 0
+        number = next(self._ids)
+        stream = peer.express
+        status = lib.nx_tcp_now(stream.pointer, number, *self._request(op), spin)
+        if status == 0:
+            peer.misses = 0
+            return True
+        if status == -errno.EBUSY:
+            return False
+        if status != -errno.EINPROGRESS:
+            raise self._error(status, op)
+        peer.misses += 1
+        ended = self._expect(number)
+        future: asyncio.Future[None] = ended.get_loop().create_future()
+        cut: list[asyncio.TimerHandle] = []
+
+        def resolve(ended: asyncio.Future[int]) -> None:
+            for timer in cut:
+                timer.cancel()
+            if ended.result():
+                future.set_exception(self._error(ended.result(), op))
+            else:
+                future.set_result(None)
+
+        def stop() -> None:
+            if not cut:
+                cut.append(ended.get_loop().call_later(GRACE_SECONDS, self._cut, peer, stream))
+
+        ended.add_done_callback(resolve)
+        self._pump(peer)
+        return Begun(future, stop)
+
     async def copy(self, op: Op) -> None:
         """Ask the peer's native threads for the bytes, or send them; a cancelled request that has begun is seen to its end."""
         host = self._opened()
@@ -236,17 +292,11 @@ class TCPBackend(Backend):
             raise PeerLost(
                 f"peer {op.peer!r} is lost: {peer.lost if peer else 'no connection'}", backend=self.name, peer=op.peer
             )
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
-        keys = b"".join([region.keys.get(self.name, b"") for region in theirs.regions])
-        if len(keys) != _KEY.size * len(theirs.regions):
-            raise BackendError(f"peer {op.peer!r} has not registered that memory with tcp", backend=self.name, peer=op.peer)
+        request = self._request(op)
         stream = min(peer.streams, key=_load)
         number = next(self._ids)
         done = self._expect(number)
-        index = ffi.NULL if theirs.index is None else int64(theirs.index)
-        arrays = int64(ours.addresses), int64(theirs.addresses), int64(op.plan.lengths)
-        n_segments, n_keys = len(op.plan.lengths), len(theirs.regions)
-        if lib.nx_tcp_submit(stream.pointer, number, op.put, n_segments, *arrays, index, n_keys, keys, op.plan.nbytes):
+        if lib.nx_tcp_submit(stream.pointer, number, *request):
             del self._waiting[number]
             raise BackendError("out of memory", backend=self.name, peer=op.peer, retryable=True)
         stream.nbytes += op.plan.nbytes
@@ -265,6 +315,36 @@ class TCPBackend(Backend):
                 cut.cancel()
         if status:
             raise self._error(status, op)
+
+    def _request(self, op: Op) -> tuple[Any, ...]:
+        """Return an op as the arguments that the engine takes."""
+        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        keys = b"".join([region.keys.get(self.name, b"") for region in theirs.regions if isinstance(region, RemoteRegion)])
+        if len(keys) != _KEY.size * len(theirs.regions):
+            raise BackendError(f"peer {op.peer!r} has not registered that memory with tcp", backend=self.name, peer=op.peer)
+        index = ffi.NULL if theirs.index is None else int64(theirs.index)
+        lengths = op.plan.lengths
+        arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
+        return op.put, len(lengths), *arrays, index, len(theirs.regions), keys, op.plan.nbytes
+
+    def _pump(self, peer: _Peer) -> None:
+        """Drive the express connection as far as it goes."""
+        if peer.express is None or peer.express_fd < 0:
+            return
+        loop = self._opened().loop
+        status = lib.nx_tcp_pump(peer.express.pointer)
+        if status < 0:
+            self._unwatch(peer)
+        elif status:
+            loop.add_writer(peer.express_fd, self._pump, peer)
+        else:
+            loop.remove_writer(peer.express_fd)
+
+    def _unwatch(self, peer: _Peer) -> None:
+        if peer.express_fd >= 0 and self._host is not None:
+            self._host.loop.remove_reader(peer.express_fd)
+            self._host.loop.remove_writer(peer.express_fd)
+        peer.express_fd = -1
 
     def _cut(self, peer: _Peer, stream: _Stream) -> None:
         if not stream.ended.done():
@@ -302,6 +382,8 @@ class TCPBackend(Backend):
                 future.set_result(status)
 
     def _ended(self, peer: _Peer, future: asyncio.Future[int]) -> None:
+        if peer.express is not None and future is peer.express.ended:
+            self._unwatch(peer)
         if peer.lost or self._host is None:
             return
         # One connection that breaks means that the others are about to: no op is given to any of them from here on.

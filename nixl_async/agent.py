@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nixl_async.backend import Backend, Host, Op, load_backend
+from nixl_async.backend import Backend, Begun, Host, Op, load_backend, quiesce
 from nixl_async.descriptors import Descriptor, Places, Plan, Region, make_plan
 from nixl_async.errors import (
     BackendError,
@@ -52,7 +52,8 @@ OFF_LOOP_DESCRIPTORS = 32768
 INLINE_BUDGET_NS = 400_000
 """How long one loop iteration may spend on copies made at once."""
 ALWAYS_INLINE_NBYTES = 16 << 10
-"""Copies up to this size cost the loop less than queueing them would."""
+"""Copies up to this size cost the loop less than queueing them would, unless the last one took `QUEUEING_NS`."""
+QUEUEING_NS = 25_000
 TOKEN_VARIABLE = "NIXL_ASYNC_TOKEN"
 
 
@@ -137,6 +138,8 @@ class Agent:
         # The time that copies made at once took in this loop iteration, and the task that made the first of them.
         self._inline_ns = 0
         self._inline_task: asyncio.Task[Any] | None = None
+        self._inline_last_ns = 0
+        self._begun: dict[Begun, str | None] = {}
         self._state = "new"
         self._counts = {"done": 0, "failed": 0, "cancelled": 0, "inline": 0}
         self._nbytes: dict[str, int] = {}
@@ -153,7 +156,8 @@ class Agent:
         self._state = "opening"
         opened: list[Backend] = []
         try:
-            for backend in self._load_backends():
+            # Loading UCX takes half a second: not on the loop.
+            for backend in await asyncio.to_thread(self._load_backends):
                 host = Host(
                     self.name,
                     self.incarnation,
@@ -192,8 +196,13 @@ class Agent:
         self._state = "closing"
         for transfer_id in list(self._transfers):
             self._cancel(transfer_id)
+        for begun in self._begun:
+            begun.stop()
         while self._transfers:
             await asyncio.gather(*(_settled(transfer) for transfer in list(self._transfers.values())))
+        while self._begun:
+            await asyncio.wait([begun.future for begun in self._begun])
+            await asyncio.sleep(0)
         for task in list(self._notifying):
             task.cancel()
         await self._membership.aclose()
@@ -528,32 +537,62 @@ class Agent:
         result = self._try_inline(prepared)
         if result is None:
             return await self._submit(prepared, notify, priority)
+        if isinstance(result, Begun):
+            result = await self._finish_begun(prepared, result)
         if notify is not None:
             payload, target = _payload(notify), _target(prepared.plan, self.name)
             if not self._membership.notify_nowait(target, payload):
                 await self._membership.notify(target, payload)
         return result
 
-    def _try_inline(self, prepared: PreparedTransfer) -> TransferResult | None:
+    async def _finish_begun(self, prepared: PreparedTransfer, begun: Begun) -> TransferResult:
+        plan, route = prepared.plan, prepared.routes[0]
+        started = self._loop.time()
+        self._begun[begun] = plan.dst.peer or plan.src.peer
+        for side in (plan.src, plan.dst):
+            for region in side.regions:
+                region.hold()
+        ended = "failed"
+        try:
+            await quiesce(begun.future, begun.stop)
+            ended = "done"
+        except asyncio.CancelledError:
+            ended = "cancelled"
+            raise
+        finally:
+            self._counts[ended] += 1
+            del self._begun[begun]
+            for side in (plan.src, plan.dst):
+                for region in side.regions:
+                    region.release()
+        self._nbytes[route] = self._nbytes.get(route, 0) + plan.nbytes
+        return TransferResult(plan.nbytes, self._loop.time() - started, 0.0, 1, route)
+
+    def _try_inline(self, prepared: PreparedTransfer) -> TransferResult | Begun | None:
         if len(prepared.pieces) != 1:
             return None
         plan, route = prepared.plan, prepared.routes[0]
         backend = self._backends[route]
         if plan.nbytes > backend.limits.inline_nbytes:
             return None
-        if plan.nbytes > ALWAYS_INLINE_NBYTES and self._inline_ns >= INLINE_BUDGET_NS:
+        expensive = plan.nbytes > ALWAYS_INLINE_NBYTES or self._inline_last_ns > QUEUEING_NS
+        if expensive and self._inline_ns >= INLINE_BUDGET_NS:
             return None
         peer = plan.dst.peer or plan.src.peer
         if not self._scheduler.idle(route, peer):
             return None
         started = time.perf_counter_ns()
-        if not backend.copy_now(Op(0, plan, peer, plan.dst.peer is not None)):
+        copied = backend.copy_now(Op(0, plan, peer, plan.dst.peer is not None))
+        if copied is False:
             return None
         spent = time.perf_counter_ns() - started
         if self._inline_ns == 0:
             self._inline_task = asyncio.current_task()
             self._loop.call_soon(self._reset_inline)
         self._inline_ns += spent + 10_000
+        self._inline_last_ns = spent
+        if isinstance(copied, Begun):
+            return copied
         self._counts["inline"] += 1
         self._counts["done"] += 1
         self._nbytes[route] = self._nbytes.get(route, 0) + plan.nbytes

@@ -72,6 +72,17 @@ class PeerInfo:
     host: str | None = None
 
 
+@dataclass(slots=True, eq=False)
+class Begun:
+    """A copy that `copy_now` began and that ends later.
+
+    `future` resolves, or gets the copy's `TransferError`, once the copy is quiet; `stop` makes that happen soon.
+    """
+
+    future: asyncio.Future[None]
+    stop: Callable[[], None]
+
+
 @dataclass(slots=True)
 class Host:
     """What the agent lends a backend at `open`: its name and incarnation, and where to report events.
@@ -110,8 +121,11 @@ class Backend(ABC):
             TransferError: the copy failed; `retryable` says whether the same op may succeed later.
         """
 
-    def copy_now(self, op: Op) -> bool:
-        """Copy a small op at once on the calling thread and return True, or return False to be given it through `copy`."""
+    def copy_now(self, op: Op) -> bool | Begun:
+        """Copy a small op at once on the calling thread and return True, or return False to be given it through `copy`.
+
+        It must take far less than a millisecond. What it has begun and cannot finish in that time it returns as `Begun`.
+        """
         return False
 
     async def open(self, host: Host) -> None:

@@ -123,3 +123,21 @@ def decode(blob: bytes) -> Metadata:
     if not agent or reader.at != len(reader.blob):
         raise ProtocolError("malformed metadata: it has no agent name, or bytes follow its end")
     return Metadata(agent, connections, sections)
+
+
+def encode_notification(sender: str, payload: bytes) -> bytes:
+    """Return a notification as NIXL's UCX backend sends it (src/plugins/ucx/ucx_backend.cpp): the records `name` and `msg`."""
+    return MAGIC + _record(b"name", sender.encode()) + _record(b"msg", payload)
+
+
+def decode_notification(message: bytes) -> tuple[str, bytes]:
+    """Read a notification; return its sender and payload.
+
+    Raises:
+        ProtocolError: it is malformed or truncated.
+    """
+    reader = _Reader(message)
+    sender, payload = reader.text(b"name"), reader.record(b"msg")
+    if not sender or reader.at != len(message):
+        raise ProtocolError("malformed notification: it has no sender, or bytes follow its end")
+    return sender, payload

@@ -56,7 +56,8 @@ def test_command_yields_its_rows(command: str) -> None:
     assert {row["command"] for row in rows} == {command}
     assert len(rows) == ROWS[command]
     for row in rows:
-        assert row["ours"]["median"] > 0, row
+        # A lag that is shorter than the ticker sees at these sizes is zero.
+        assert row["ours"]["median"] > 0 or row["case"].get("p99.9 of") == "wall lag", row
         assert row["met"] is None, "promises are not judged at --quick sizes"
         assert all(item["met"] is None and item["value"] > 0 for item in row["checks"]), row
 

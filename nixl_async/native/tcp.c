@@ -49,6 +49,7 @@ static nx_tcp_stream *tcp_new_stream(nx_tcp *engine, int fd, int64_t id, int our
     stream->ours = ours;
     stream->id = id;
     stream->writable = 1;
+    stream->express = -1;
     stream->phase = ours ? RX_HEAD : RX_HELLO;
     stream->queue.end = &stream->queue.first;
     stream->waiting.end = &stream->waiting.first;
@@ -60,6 +61,8 @@ static nx_tcp_stream *tcp_new_stream(nx_tcp *engine, int fd, int64_t id, int our
 static void tcp_unref(nx_tcp_stream *stream) {
     if (__atomic_sub_fetch(&stream->refs, 1, __ATOMIC_ACQ_REL))
         return;
+    if (stream->express >= 0)
+        close(stream->express);
     pthread_mutex_destroy(&stream->lock);
     free(stream->stage);
     free(stream);
@@ -73,6 +76,8 @@ static int tcp_add(nx_tcp_stream *stream) {
         stream->next->previous = stream;
     loop->streams = stream;
     pthread_mutex_unlock(&loop->lock);
+    if (stream->express >= 0)
+        return 0;
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = stream};
     return epoll_ctl(loop->epoll_fd, EPOLL_CTL_ADD, stream->fd, &event) ? -errno : 0;
 }
@@ -80,7 +85,7 @@ static int tcp_add(nx_tcp_stream *stream) {
 static void tcp_fail(nx_tcp_stream *stream, tcp_frame *frame, int64_t status) {
     nx_tcp *engine = stream->loop->engine;
     if (stream->ours)
-        tcp_complete(engine, (int64_t)frame->header.id, status);
+        tcp_ended_request(stream, (int64_t)frame->header.id, status);
     tcp_free(engine, frame);
 }
 
@@ -90,13 +95,21 @@ static void tcp_end(nx_tcp_stream *stream, int status) {
     nx_tcp *engine = loop->engine;
     if (stream->fd < 0)
         return;
-    epoll_ctl(loop->epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);
+    if (stream->express < 0)
+        epoll_ctl(loop->epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);
     if (stream->queue.first || stream->waiting.first || stream->rx_frame) {
         /* A reset overtakes what is queued: the other side must not go on writing what was given up. */
         struct linger reset = {.l_onoff = 1};
         setsockopt(stream->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
     }
-    close(stream->fd);
+    if (stream->express < 0) {
+        close(stream->fd);
+    } else {
+        /* Its number is still in the owner's event loop: disconnected at once, closed when that has let go of it. */
+        struct sockaddr nowhere = {.sa_family = AF_UNSPEC};
+        if (connect(stream->fd, &nowhere, sizeof nowhere))
+            shutdown(stream->fd, SHUT_RDWR);
+    }
     stream->fd = -1;
     if (stream->phase == RX_HELLO)
         __atomic_sub_fetch(&engine->strangers, 1, __ATOMIC_RELAXED);
@@ -515,11 +528,14 @@ int nx_tcp_drop_accepted(nx_tcp *engine, const uint8_t *identity, int64_t n_iden
 }
 
 /* Takes over a connected, greeted, non-blocking socket. `id` completes when the connection ends: 0 after nx_tcp_drop, else
-   -errno. Returns NULL, and leaves `fd` to the caller, when there is no memory left. */
-nx_tcp_stream *nx_tcp_adopt(nx_tcp *engine, int fd, int64_t id) {
+   -errno. An `express` one is driven by nx_tcp_now and nx_tcp_pump alone; the caller watches its socket until it forgets it.
+   Returns NULL, and leaves `fd` to the caller, when there is no memory left. */
+nx_tcp_stream *nx_tcp_adopt(nx_tcp *engine, int fd, int64_t id, int express) {
     nx_tcp_stream *stream = tcp_new_stream(engine, fd, id, 1);
     if (!stream)
         return NULL;
+    if (express)
+        stream->express = fd;
     tcp_tune(fd);
     tcp_add(stream);
     return stream;
@@ -528,18 +544,16 @@ nx_tcp_stream *nx_tcp_adopt(nx_tcp *engine, int fd, int64_t id) {
 /* Gives up the pointer that nx_tcp_adopt returned; call it after the stream's id completed, before nx_tcp_close. */
 void nx_tcp_forget(nx_tcp_stream *stream) { tcp_unref(stream); }
 
-/* Queues a request: `n` segments, segment i between local[i] and remote[i], which lies in the peer's region of key
-   index[i] of `keys` (index NULL: all in the first). A small one on an idle stream is sent at once, by the caller's thread.
-   `id` completes with 0, a refusal (> 0) or -errno. Returns 0 or -ENOMEM. */
-int nx_tcp_submit(nx_tcp_stream *stream, int64_t id, int put, int64_t n, const int64_t *local, const int64_t *remote,
-                  const int64_t *lengths, const int64_t *index, int64_t n_keys, const uint8_t *keys, int64_t nbytes) {
+static tcp_frame *tcp_new_request(int64_t id, int put, int64_t n, const int64_t *local, const int64_t *remote,
+                                  const int64_t *lengths, const int64_t *index, int64_t n_keys, const uint8_t *keys,
+                                  int64_t nbytes) {
     size_t n_head = sizeof(tcp_header) + 8ul * (size_t)n_keys + sizeof(tcp_entry) * (size_t)n;
     tcp_frame *frame = calloc(1, sizeof *frame);
     char *memory = malloc(n_head + sizeof(tcp_entry) * (size_t)n);
     if (!frame || !memory) {
         free(frame);
         free(memory);
-        return -ENOMEM;
+        return NULL;
     }
     frame->header = (tcp_header){.magic = TCP_MAGIC, .kind = put ? TCP_PUT : TCP_GET, .n_segments = (uint32_t)n,
                                  .n_keys = (uint32_t)n_keys, .id = (uint64_t)id, .nbytes = (uint64_t)nbytes};
@@ -558,22 +572,15 @@ int nx_tcp_submit(nx_tcp_stream *stream, int64_t id, int put, int64_t n, const i
     frame->n_head = n_head;
     frame->n_iov = n;
     frame->left = (uint64_t)nbytes;
-    /* Never waits for the loop's thread: that may hold the lock for as long as a quantum takes. */
-    if ((put ? (size_t)nbytes : 0) + n_head <= TCP_INLINE && pthread_mutex_trylock(&stream->lock) == 0) {
-        int at_once = stream->fd >= 0 && stream->writable && !stream->queue.first && stream->requests < TCP_CREDITS;
-        int left = 0;
-        if (at_once) {
-            tcp_push(&stream->queue, frame);
-            left = tcp_send(stream, TCP_INLINE + 1) != 0;
-        }
-        pthread_mutex_unlock(&stream->lock);
-        /* What a full socket left, its loop sends when there is room; an error it meets itself. */
-        if (at_once && !left)
-            return 0;
-        if (at_once)
-            frame = NULL;
-    }
-    tcp_command *command = tcp_new_command(DO_SUBMIT, stream, id, 0);
+    return frame;
+}
+
+/* Queues a request: `n` segments, segment i between local[i] and remote[i], which lies in the peer's region of key
+   index[i] of `keys` (index NULL: all in the first). `id` completes with 0, a refusal (> 0) or -errno. Returns 0 or -ENOMEM. */
+int nx_tcp_submit(nx_tcp_stream *stream, int64_t id, int put, int64_t n, const int64_t *local, const int64_t *remote,
+                  const int64_t *lengths, const int64_t *index, int64_t n_keys, const uint8_t *keys, int64_t nbytes) {
+    tcp_frame *frame = tcp_new_request(id, put, n, local, remote, lengths, index, n_keys, keys, nbytes);
+    tcp_command *command = frame ? tcp_new_command(DO_SUBMIT, stream, id, 0) : NULL;
     if (!command) {
         if (frame)
             tcp_free(stream->loop->engine, frame);
@@ -582,6 +589,60 @@ int nx_tcp_submit(nx_tcp_stream *stream, int64_t id, int put, int64_t n, const i
     command->frame = frame;
     tcp_post(stream->loop, command);
     return 0;
+}
+
+/* Drives an express stream as far as its socket allows; returns 1 when bytes wait for room in it, 0 when none do, and -ENOTCONN
+   when the stream has ended. */
+int nx_tcp_pump(nx_tcp_stream *stream) {
+    pthread_mutex_lock(&stream->lock);
+    int result = stream->fd < 0 ? -ENOTCONN : 0;
+    if (!result) {
+        stream->readable = stream->writable = 1;
+        result = tcp_receive(stream, TCP_QUANTUM);
+        if (result >= 0)
+            result = tcp_send(stream, TCP_QUANTUM);
+        if (result < 0)
+            tcp_end(stream, result);
+        result = result < 0 ? -ENOTCONN : stream->queue.first != NULL;
+    }
+    pthread_mutex_unlock(&stream->lock);
+    return result;
+}
+
+/* Sends a request over an idle express stream and looks for its answer for up to `spin_ns` nanoseconds. Returns how it ended, as
+   `id` would complete; -EINPROGRESS when it is under way and `id` will complete; -EBUSY when it was not sent. */
+int64_t nx_tcp_now(nx_tcp_stream *stream, int64_t id, int put, int64_t n, const int64_t *local, const int64_t *remote,
+                   const int64_t *lengths, const int64_t *index, int64_t n_keys, const uint8_t *keys, int64_t nbytes,
+                   int64_t spin_ns) {
+    if (pthread_mutex_trylock(&stream->lock))
+        return -EBUSY;
+    tcp_frame *frame = NULL;
+    if (stream->fd >= 0 && stream->requests == 0 && !stream->queue.first)
+        frame = tcp_new_request(id, put, n, local, remote, lengths, index, n_keys, keys, nbytes);
+    if (!frame) {
+        pthread_mutex_unlock(&stream->lock);
+        return -EBUSY;
+    }
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    int64_t end = time.tv_sec * 1000000000ll + time.tv_nsec + spin_ns;
+    tcp_push(&stream->queue, frame);
+    stream->now = id;
+    stream->writable = 1;
+    int result = tcp_send(stream, TCP_QUANTUM);
+    while (result >= 0 && stream->now) {
+        stream->readable = 1;
+        result = tcp_receive(stream, TCP_QUANTUM);
+        clock_gettime(CLOCK_MONOTONIC, &time);
+        if (time.tv_sec * 1000000000ll + time.tv_nsec >= end)
+            break;
+    }
+    if (result < 0)
+        tcp_end(stream, result);
+    int64_t status = stream->now ? -EINPROGRESS : stream->now_status;
+    stream->now = 0;
+    pthread_mutex_unlock(&stream->lock);
+    return status;
 }
 
 /* Takes back a request of which nothing was sent (its id completes with -ECANCELED); one under way goes on to its end. */

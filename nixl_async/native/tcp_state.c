@@ -13,7 +13,6 @@
 #define TCP_IOV 1024
 #define TCP_CHUNK (1 << 20)
 #define TCP_QUANTUM (4 << 20)
-#define TCP_INLINE (64 << 10)
 #define TCP_STALE_NS 1000000000ll
 #define TCP_BUCKETS 256
 #define TCP_MAX_LISTENERS 16
@@ -89,6 +88,10 @@ struct nx_tcp_stream {
     pthread_mutex_t lock;
     int fd, ours, in_ready, readable, writable, ended;
     int64_t id;
+    /* An express stream is driven by its owner's thread instead of a loop; `express` is its socket, open until it is forgotten.
+       `now` is the request whose end nx_tcp_now waits for, `now_status` how it ended. */
+    int express;
+    int64_t now, now_status;
     tcp_queue queue, waiting;
     int requests; /* of ours sent or being sent and not answered; of theirs not answered wholly */
     uint64_t moved;

@@ -111,6 +111,16 @@ static int tcp_send(nx_tcp_stream *stream, size_t budget) {
     return stream->writable && stream->queue.first && (!stream->ours || stream->requests < TCP_CREDITS);
 }
 
+/* Reports the end of a request of ours. */
+static void tcp_ended_request(nx_tcp_stream *stream, int64_t id, int64_t status) {
+    if (stream->now == id) {
+        stream->now = 0;
+        stream->now_status = status;
+    } else {
+        tcp_complete(stream->loop->engine, id, status);
+    }
+}
+
 static void tcp_answer(nx_tcp_stream *stream, tcp_frame *frame, int kind, int status) {
     if (kind != TCP_DATA) {
         tcp_release(stream->loop->engine, frame);
@@ -176,7 +186,7 @@ static int tcp_got_reply(nx_tcp_stream *stream) {
     tcp_pop(&stream->waiting);
     stream->requests--;
     tcp_free(engine, frame);
-    tcp_complete(engine, (int64_t)rx->id, rx->status);
+    tcp_ended_request(stream, (int64_t)rx->id, rx->status);
     return 1;
 }
 
@@ -241,7 +251,7 @@ static void tcp_got_payload(nx_tcp_stream *stream, int status) {
     stream->phase = RX_HEAD;
     if (stream->ours) {
         stream->requests--;
-        tcp_complete(engine, (int64_t)frame->header.id, 0);
+        tcp_ended_request(stream, (int64_t)frame->header.id, 0);
         tcp_free(engine, frame);
     } else {
         tcp_answer(stream, frame, status ? TCP_REFUSED : TCP_ACK, status);

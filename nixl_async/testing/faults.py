@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
-from nixl_async.backend import Backend, Host, Op, PeerInfo, quiesce
+from nixl_async.backend import Backend, Begun, Host, Op, PeerInfo, quiesce
 from nixl_async.errors import PeerLost
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class FaultyBackend(Backend):
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
-        self.name = inner.name  # type: ignore[misc] - takes the place of the inner one
+        # It takes the place of the inner one.
+        self.name = inner.name  # type: ignore[misc]
         self.remote = inner.remote  # type: ignore[misc]
         self.limits = inner.limits
         self.rank = inner.rank
@@ -133,10 +134,10 @@ class FaultyBackend(Backend):
         """Ask the inner backend."""
         return self.inner.refusal(src, dst)
 
-    def copy_now(self, op: Op) -> bool:
+    def copy_now(self, op: Op) -> bool | Begun:
         """Let the inner backend copy at once if there is no fault."""
-        done = not self._faults and self.inner.copy_now(op)
-        self.inline += done
+        done = False if self._faults else self.inner.copy_now(op)
+        self.inline += bool(done)
         return done
 
     async def copy(self, op: Op) -> None:

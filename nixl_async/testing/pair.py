@@ -59,7 +59,7 @@ class Pair:
         self.incarnation = secrets.token_hex(8)
         for name, backend, lost in ((OURS, self.ours, self.lost), (THEIRS, self.theirs, [])):
             if name not in self._open:
-                await backend.open(Host(name, self.incarnation, loop, peer_lost=lambda *event, to=lost: to.append(event)))  # type: ignore[misc]
+                await backend.open(Host(name, self.incarnation, loop, peer_lost=lambda *event, to=lost: to.append(event)))
                 self._open.add(name)
                 if backend.remote:
                     await backend.listen(HOST)

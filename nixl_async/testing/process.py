@@ -140,7 +140,7 @@ async def _serve(setup: dict[str, Any]) -> None:
 def _obey(order: dict[str, Any], memory: Bytes) -> None:
     match order["do"]:
         case "digest":
-            _say({"digest": hashlib.sha256(memory).hexdigest()})
+            _say({"digest": hashlib.sha256(memory.tobytes()).hexdigest()})
         case "spin":
             # Longer than the spin: no other thread of this process is given the interpreter meanwhile.
             sys.setswitchinterval(order["seconds"] * 2)

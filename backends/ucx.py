@@ -1,0 +1,354 @@
+"""Copies through UCX, over whatever it finds (RDMA, shared memory, TCP), and the notifications of stock NIXL agents.
+
+UCXX makes the context and the worker; the one-sided operations, which its Python does not offer, are posted on their handles by
+one native thread that needs no GIL and sleeps on the worker's event descriptor. Regions and addresses are described as NIXL's
+UCX backend does it: the raw worker address and the raw packed key, behind which ours carry a checksum that UCX does not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import os
+import socket
+import struct
+import zlib
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, quiesce
+from nixl_async.descriptors import MemoryKind, Region, Side
+from nixl_async.errors import BackendError, MissingDependency, PeerLost, ProtocolError, TransferError
+from nixl_async.memory import MemoryRegion, RemoteRegion
+from nixl_async.metadata import decode_notification, encode_notification
+from nixl_async.native import ffi, int64, lib
+
+_VARIABLE = "UCX_MEMTYPE_CACHE"
+_given = os.environ.get(_VARIABLE)
+try:
+    import ucxx._lib.libucxx as ucxx
+except ImportError as error:
+    raise MissingDependency(f"the ucx backend needs UCXX: pip install 'nixl-async[ucx-cu12]' ({error})") from error
+if _given is None:
+    # UCXX sets it; UCX 1.21 does not know it, and says so on standard output.
+    os.environ.pop(_VARIABLE, None)
+
+CONFIGURATION = {
+    # Offered `cma`, UCX 1.21 chooses lanes over which stock NIXL peers cannot answer; same-host copies have their own backend.
+    "TLS": "^cma",
+    "RNDV_THRESH": "inf",
+    "MAX_RMA_RAILS": "2",
+    "ADDRESS_VERSION": "v2",
+    "KEEPALIVE_INTERVAL": "1s",
+    "TCP_TX_SEG_SIZE": "64k",
+    "TCP_RX_SEG_SIZE": "256k",
+}
+"""What we set on our own context; the environment's UCX_* variables win."""
+CLOSE_SECONDS = 5.0
+_SEAL = struct.Struct("<4sI")
+_SEAL_MARK = b"nxa1"
+_ROOM = 64 << 10
+_BATCH = 256
+_SIOCGIFADDR = 0x8915
+_LOOPBACK_NET = 127
+_CANCELLED = -1000
+_NOT_OF_THE_PEER = frozenset({-1, -4, -5, -8, -22})
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    name: str
+    stock: bool
+    pointer: Any
+    ended: asyncio.Future[int]
+    """Resolves when the endpoint fails or is closed."""
+    closed: asyncio.Future[int]
+    """Resolves when a failed endpoint is closed."""
+    rkeys: dict[bytes, Any] = field(default_factory=dict)
+    lost: str = ""
+
+
+class UCXBackend(Backend):
+    """Moves bytes to and from peers over UCX; shares with stock NIXL agents its addresses, keys and notifications."""
+
+    name = "ucx"
+    rank = 40
+    limits = Limits(max_ops=4, max_op_nbytes=16 << 20, max_op_segments=16384)
+
+    def __init__(self) -> None:
+        self._context: Any = None
+        self._worker: Any = None
+        self._engine = ffi.NULL
+        self._event_fd = -1
+        self._host: Host | None = None
+        self._address = b""
+        self._peers: dict[str, _Peer] = {}
+        self._memory: dict[MemoryRegion, Any] = {}
+        self._waiting: dict[int, asyncio.Future[int]] = {}
+        self._ids = itertools.count(2, 2)
+        self._ids_out = np.zeros(_BATCH, np.int64)
+        self._statuses_out = np.zeros(_BATCH, np.int64)
+        self._buffer = bytearray(_ROOM)
+
+    # Life.
+
+    async def open(self, host: Host) -> None:
+        """Make a context and a worker, and start the thread that progresses them."""
+        try:
+            # The first context of a process loads UCX's transports, which takes a third of a second.
+            self._context, self._worker = await quiesce(host.loop.run_in_executor(None, _make_worker))
+        except asyncio.CancelledError:
+            self._context = self._worker = None
+            raise
+        except Exception as error:
+            self._context = self._worker = None
+            raise BackendError(f"UCX cannot be set up: {error}", backend=self.name) from error
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        why = ffi.new("char[]", 256)
+        self._engine = lib.nx_ucx_open(self._context.handle, self._worker.handle, self._event_fd, why, 256)
+        if self._engine == ffi.NULL:
+            os.close(self._event_fd)
+            self._worker = self._context = None
+            raise BackendError(f"UCX cannot be set up: {ffi.string(why).decode()}", backend=self.name)
+        self._host = host
+        self._address = self._read(lib.nx_ucx_address, self._engine)
+        host.loop.add_reader(self._event_fd, self._take_events)
+
+    async def aclose(self) -> None:
+        """Close every endpoint, end the thread, and give up worker and context."""
+        if self._host is None:
+            return
+        for peer in list(self._peers):
+            await self.disconnect(peer)
+        host, self._host = self._host, None
+        host.loop.remove_reader(self._event_fd)
+        for memory in self._memory.values():
+            lib.nx_ucx_unmap(self._engine, memory)
+        self._memory.clear()
+        engine, self._engine = self._engine, ffi.NULL
+        lib.nx_ucx_close(engine)
+        os.close(self._event_fd)
+        self._worker = None
+        self._context = None
+
+    def describe(self) -> bytes:
+        """Return the worker's address."""
+        return _seal(self._address)
+
+    async def connect(self, peer: PeerInfo) -> None:
+        """Make an endpoint to the peer's worker."""
+        self._opened()
+        # UCX reads an address without checking it. Ours are sealed; a stock agent's is known by its incarnation, which it is.
+        stock = peer.incarnation == peer.description.hex() and len(peer.description) > _SEAL.size
+        address = peer.description if stock else _unseal(peer.description)
+        if address is None:
+            raise BackendError(f"peer {peer.name!r} sent a malformed worker address", backend=self.name, peer=peer.name)
+        await self.disconnect(peer.name)
+        number = next(self._ids)
+        ended, closed = self._expect(number), self._expect(number + 1)
+        status = ffi.new("int *")
+        pointer = lib.nx_ucx_connect(self._engine, address, number, status)
+        if pointer == ffi.NULL:
+            del self._waiting[number], self._waiting[number + 1]
+            raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
+        known = _Peer(peer.name, stock, pointer, ended, closed)
+        self._peers[peer.name] = known
+        ended.add_done_callback(partial(self._ended, known))
+
+    async def disconnect(self, peer: str) -> None:
+        """Close the endpoint to a peer."""
+        known = self._peers.pop(peer, None)
+        if known is None:
+            return
+        failed = known.ended.done()
+        known.lost = known.lost or "we parted from it"
+        for rkey in known.rkeys.values():
+            lib.nx_ucx_rkey_free(rkey)
+        known.rkeys.clear()
+        lib.nx_ucx_disconnect(known.pointer)
+        if not failed:
+            await quiesce(known.ended)
+        if failed or known.ended.result() != 0:
+            await quiesce(known.closed)
+        for number in [n for n, future in self._waiting.items() if future is known.closed]:
+            del self._waiting[number]
+        lib.nx_ucx_forget(known.pointer)
+
+    async def register(self, region: MemoryRegion) -> bytes:
+        """Map the memory; return the packed key."""
+        host = self._opened()
+        if region.kind is not MemoryKind.DRAM:
+            raise BackendError(f"it registers DRAM only, not {region.kind.value}", backend=self.name)
+        if region.readonly:
+            raise BackendError("it registers writable memory only", backend=self.name)
+        memory = ffi.new("void **")
+        call = partial(self._read, lib.nx_ucx_map, self._engine, region.address, region.nbytes, memory)
+        # Large registrations fault in and pin pages, which takes the kernel a while.
+        key = call() if region.nbytes <= 1 << 20 else await quiesce(host.loop.run_in_executor(None, call))
+        self._memory[region] = memory[0]
+        return _seal(key)
+
+    async def unregister(self, region: MemoryRegion) -> None:
+        """Unmap the memory."""
+        memory = self._memory.pop(region, None)
+        if memory is not None:
+            lib.nx_ucx_unmap(self._engine, memory)
+
+    # Copying.
+
+    def refusal(self, src: Side, dst: Side) -> str | None:
+        """Refuse anything but DRAM between us and a connected peer."""
+        if src.kind is not MemoryKind.DRAM or dst.kind is not MemoryKind.DRAM:
+            return f"it copies DRAM only, not {src.kind.value} to {dst.kind.value}"
+        if (src.peer is None) == (dst.peer is None):
+            return "it copies between this process and a peer only"
+        peer = self._peers.get(src.peer or dst.peer or "")
+        if peer is None or peer.lost:
+            return "it is not connected to that peer"
+        return None
+
+    async def copy(self, op: Op) -> None:
+        """Hand the segments to the native thread; when cancelled, post no more and wait for those that are under way."""
+        peer = self._peer(op.peer)
+        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        rkeys = ffi.new("void *[]", [self._rkey(peer, region) for region in theirs.regions])
+        index = ffi.NULL if theirs.index is None else int64(theirs.index)
+        arrays = int64(ours.addresses), int64(theirs.addresses), int64(op.plan.lengths)
+        number = next(self._ids)
+        done = self._expect(number)
+        if lib.nx_ucx_submit(peer.pointer, number, op.put, len(op.plan.lengths), *arrays, index, rkeys):
+            del self._waiting[number]
+            raise BackendError("out of memory", backend=self.name, peer=op.peer, retryable=True)
+        status = await quiesce(done, partial(lib.nx_ucx_cancel, peer.pointer, number))
+        if status:
+            raise self._error(status, peer)
+
+    async def send_notification(self, peer: str, payload: bytes) -> None:
+        """Send a notification in NIXL's form: an active message that its agents, and ours, take."""
+        known = self._peer(peer)
+        message = encode_notification(self._opened().agent_name, payload)
+        number = next(self._ids)
+        done = self._expect(number)
+        if lib.nx_ucx_send(known.pointer, number, message, len(message)):
+            del self._waiting[number]
+            raise BackendError("out of memory", backend=self.name, peer=peer, retryable=True)
+        status = await quiesce(done)
+        if status:
+            raise self._error(status, known)
+
+    # Inside.
+
+    def _opened(self) -> Host:
+        if self._host is None:
+            raise BackendError("the ucx backend is not open", backend=self.name)
+        return self._host
+
+    def _peer(self, name: str | None) -> _Peer:
+        peer = self._peers.get(name or "")
+        if peer is None or peer.lost:
+            why = peer.lost if peer else "there is no endpoint"
+            raise PeerLost(f"peer {name!r} is lost: {why}", backend=self.name, peer=name)
+        return peer
+
+    def _expect(self, number: int) -> asyncio.Future[int]:
+        future = self._opened().loop.create_future()
+        self._waiting[number] = future
+        return future
+
+    def _read(self, function: Any, *arguments: Any) -> bytes:
+        room, n = ffi.new("uint8_t[]", _ROOM), ffi.new("int64_t *")
+        status = function(*arguments, room, _ROOM, n)
+        if status:
+            raise BackendError(f"UCX: {_text(status)}", backend=self.name)
+        return bytes(ffi.buffer(room, n[0]))
+
+    def _rkey(self, peer: _Peer, region: Region) -> Any:
+        key = region.keys.get(self.name, b"") if isinstance(region, RemoteRegion) else b""
+        rkey = peer.rkeys.get(key)
+        if rkey is None:
+            packed = key if peer.stock else _unseal(key)
+            if not packed:
+                raise BackendError(
+                    f"peer {peer.name!r} has no valid ucx key for region {region.name!r}", backend=self.name, peer=peer.name
+                )
+            status = ffi.new("int *")
+            rkey = lib.nx_ucx_rkey(peer.pointer, packed, status)
+            if rkey == ffi.NULL:
+                raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
+            peer.rkeys[key] = rkey
+        return rkey
+
+    def _take_events(self) -> None:
+        ids, statuses = self._ids_out, self._statuses_out
+        n = lib.nx_ucx_completions(self._engine, int64(ids), int64(statuses), _BATCH)
+        for number, status in zip(ids[:n].tolist(), statuses[:n].tolist(), strict=True):
+            future = self._waiting.pop(number, None)
+            if future is not None and not future.done():
+                future.set_result(status)
+        self._take_messages()
+
+    def _take_messages(self) -> None:
+        host = self._opened()
+        while (n := lib.nx_ucx_receive(self._engine, ffi.from_buffer("uint8_t[]", self._buffer), len(self._buffer))) != -1:
+            if n < -1:
+                self._buffer = bytearray(-n - 2)
+                continue
+            try:
+                sender, payload = decode_notification(bytes(self._buffer[:n]))
+            except ProtocolError:
+                # Anybody who can reach the worker can send anything; what is no notification concerns nobody.
+                continue
+            host.notification(sender, payload)
+
+    def _ended(self, peer: _Peer, future: asyncio.Future[int]) -> None:
+        if peer.lost or self._host is None:
+            return
+        peer.lost = f"its endpoint failed: {_text(future.result())}"
+        self._host.peer_lost(peer.name, peer.lost)
+
+    def _error(self, status: int, peer: _Peer) -> TransferError:
+        text = f"peer {peer.name!r}: {_text(status)}"
+        if status == _CANCELLED or status in _NOT_OF_THE_PEER:
+            return BackendError(text, backend=self.name, peer=peer.name)
+        return PeerLost(text, backend=self.name, peer=peer.name)
+
+
+def _make_worker() -> tuple[Any, Any]:
+    wanted = dict(CONFIGURATION)
+    if _has_network():
+        # A stock agent on this host may choose `lo` for its half of a connection, over which UCX 1.21 cannot answer 1.22
+        # ("different pid namespaces"); over another interface of the same host both can.
+        wanted["NET_DEVICES"] = "^lo"
+    wanted = {key: value for key, value in wanted.items() if f"UCX_{key}" not in os.environ}
+    context = ucxx.UCXContext(wanted, (ucxx.Feature.RMA, ucxx.Feature.AM, ucxx.Feature.WAKEUP))
+    return context, ucxx.UCXWorker(context)
+
+
+def _has_network() -> bool:
+    """Return whether an interface other than the loopback has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if answer[20] != _LOOPBACK_NET:
+                    return True
+    return False
+
+
+def _text(status: int) -> str:
+    return str(ffi.string(lib.nx_ucx_text(status)).decode())
+
+
+def _seal(raw: bytes) -> bytes:
+    """Append a checksum; UCX, which knows where its own data ends, does not read it."""
+    return raw + _SEAL.pack(_SEAL_MARK, zlib.crc32(raw))
+
+
+def _unseal(sealed: bytes) -> bytes | None:
+    raw, seal = sealed[: -_SEAL.size], sealed[-_SEAL.size :]
+    return raw if raw and seal == _SEAL.pack(_SEAL_MARK, zlib.crc32(raw)) else None
