@@ -243,8 +243,9 @@ class TCPBackend(Backend):
             return f"it copies DRAM only, not {src.kind.value} to {dst.kind.value}"
         if (src.peer is None) == (dst.peer is None):
             return "it copies between this process and a peer only"
-        if (src.peer or dst.peer) not in self._peers:
-            return "it is not connected to that peer"
+        peer = self._peers.get(src.peer or dst.peer or "")
+        if peer is None or peer.lost:
+            return peer.lost if peer else "it is not connected to that peer"
         return None
 
     def copy_now(self, op: Op) -> bool | Begun:

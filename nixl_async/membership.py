@@ -253,7 +253,8 @@ class Membership:
             # Its process has ended, whatever the connection still says.
             peer.link.fail(error)
         else:
-            logger.warning("backend %s lost peer %s: %s", backend, name, reason)
+            # A peer that leaves closes its backends first: what matters is what its control connection says.
+            logger.info("backend %s lost peer %s: %s", backend, name, reason)
 
     # LinkOwner
 

@@ -130,8 +130,7 @@ class Scheduler:
                 self._drained(record, now)
             elif len(flight.parts) > 1 and not isinstance(error, PeerLost):
                 record.solo = True
-                record.unsent.appendleft((start, plan))
-                self._queue(record)
+                self._requeue(record, [(start, plan)], now)
             else:
                 self._piece_failed(record, start, plan, error, flight.backend, now)
         self._dispatch(flight.backend, now)
@@ -154,19 +153,14 @@ class Scheduler:
 
     def tick(self, now: float) -> list[Action]:
         """Do what has become due: retries, and quarantine of what has not become quiet within its limit."""
-        touched: set[str] = set()
         while self._retries and self._retries[0][0] <= now:
             _, _, record, start, plan = heapq.heappop(self._retries)
             if record.state is TransferState.ACTIVE:
-                record.unsent.appendleft((start, plan))
-                self._queue(record)
-                touched.add(record.routes[0])
+                self._requeue(record, [(start, plan)], now)
         while self._drains and self._drains[0][0] <= now:
             limit, _, record = heapq.heappop(self._drains)
             if record.state is TransferState.DRAINING and record.id in self._records:
                 self._quarantine(record, limit, now)
-        for backend in touched:
-            self._dispatch(backend, now)
         return self._take_actions()
 
     def next_wakeup(self) -> float | None:
@@ -221,12 +215,13 @@ class Scheduler:
             head = lane.waiting[0][3]
             if usage.nbytes and usage.nbytes + head.unsent[0][1].nbytes > limits.max_nbytes:
                 return
-            parts = self._gather(lane, limits)
+            room = limits.max_nbytes - usage.nbytes if usage.nbytes else max(limits.max_nbytes, head.unsent[0][1].nbytes)
+            parts = self._gather(lane, limits, room)
             # The lane goes to the end, so that peers of equal urgency take turns.
             lanes[peer] = lanes.pop(peer)
             self._start(backend, parts, now)
 
-    def _gather(self, lane: _Lane, limits: Limits) -> list[tuple[TransferRecord, int, Plan]]:
+    def _gather(self, lane: _Lane, limits: Limits, room: int) -> list[tuple[TransferRecord, int, Plan]]:
         head = self._head(lane)
         assert head is not None
         start, plan = head.unsent.popleft()
@@ -238,7 +233,7 @@ class Scheduler:
             start, piece = record.unsent[0]
             nbytes += piece.nbytes
             segments += len(piece.lengths)
-            fits = nbytes <= limits.max_op_nbytes and segments <= limits.max_op_segments
+            fits = nbytes <= min(limits.max_op_nbytes, room) and segments <= limits.max_op_segments
             if not fits or record.solo or piece.nbytes > BATCH_NBYTES or not _alike(head, record):
                 break
             record.unsent.popleft()
@@ -280,13 +275,15 @@ class Scheduler:
         if len(record.routes) > 1 and isinstance(error, BackendError):
             if record.routes[0] == backend:
                 record.routes = record.routes[1:]
-            limits = self._limits[record.routes[0]]
-            waiting = [(start, plan), *record.unsent]
-            record.unsent = deque(_cut(waiting, limits))
-            self._queue(record)
-            self._dispatch(record.routes[0], now)
+            self._requeue(record, [(start, plan)], now)
             return
         self._decide(record, error, now)
+
+    def _requeue(self, record: TransferRecord, pieces: list[tuple[int, Plan]], now: float) -> None:
+        """Let pieces wait again, in front; all that waits is cut to what the record's route takes, which may have changed."""
+        record.unsent = deque(_cut([*pieces, *record.unsent], self._limits[record.routes[0]]))
+        self._queue(record)
+        self._dispatch(record.routes[0], now)
 
     def _decide(self, record: TransferRecord, error: BaseException | None, now: float) -> None:
         """Settle the outcome: `error`, or cancelled when it is None; stop what is in flight."""

@@ -1,0 +1,214 @@
+"""The command line: `nixl-async demo`, `self-test`, `backends`, `version`."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+T = TypeVar("T")
+app = typer.Typer(
+    help="Move LLM inference data between processes, machines and memories.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+INTERRUPTED = 130
+IN_PROCESS = "memory"
+
+
+class ModelName(enum.Enum):
+    """The model shapes that the demo knows."""
+
+    LLAMA_8B = "llama-3.1-8b"
+    LLAMA_70B = "llama-3.1-70b"
+    DEEPSEEK_R1 = "deepseek-r1"
+    QWEN3_235B = "qwen3-235b"
+
+
+class Format(enum.Enum):
+    """How a result is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+class Versus(enum.Enum):
+    """What the demo can be compared with."""
+
+    NIXL = "nixl"
+
+
+def _fail(text: str, code: int = 1) -> typer.Exit:
+    typer.echo(f"nixl-async: {text}", err=True)
+    return typer.Exit(code)
+
+
+def _run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine; Ctrl-C and SIGTERM cancel it, and end the program when it has cleaned up."""
+
+    async def guarded() -> T:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(work())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        return await task
+
+    try:
+        return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        typer.echo("nixl-async: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def demo(
+    model: Annotated[ModelName, typer.Option(help="Whose KV cache shape is moved.")] = ModelName.LLAMA_8B,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the request (default: 2048).")] = 2048,
+    page_size: Annotated[int, typer.Option(min=1, max=4096, help="Tokens in a page.")] = 16,
+    layers_per_push: Annotated[int, typer.Option(min=1, help="Layers that one transfer carries.")] = 1,
+    compute_ms: Annotated[
+        float, typer.Option(min=0.0, max=10_000.0, help="Simulated compute of a layer, milliseconds.")
+    ] = 10.0,
+    backend: Annotated[str | None, typer.Option(help="Move by this backend only (default: the best there is).")] = None,
+    versus: Annotated[Versus | None, typer.Option(help="Do the same job with this library too.")] = None,
+    nixl_python: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NIXL_ASYNC_NIXL_PYTHON", help="Interpreter of an environment with NIXL's wheel, for --versus nixl."
+        ),
+    ] = None,
+    output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.TABLE,
+) -> None:
+    """Push a real paged KV cache from a prefill into a decode process, layer by layer, and check every byte."""
+    from nixl_async.demo.job import Job
+    from nixl_async.demo.report import Progress, print_result
+    from nixl_async.demo.run import DemoFailed, check_memory, run_job
+    from nixl_async.demo.versus import check_python, ratios, run_nixl
+    from nixl_async.errors import ConfigurationError, NixlError
+
+    job = Job(model.value, tokens, page_size, layers_per_push, compute_ms / 1e3)
+    if layers_per_push > job.shape.layers:
+        raise _fail(f"--layers-per-push is {layers_per_push}; {model.value} has {job.shape.layers} layers", 2)
+    try:
+        check_memory(job)
+        backends = None if backend is None else [_known(backend)]
+        if versus is not None:
+            if nixl_python is None:
+                raise ConfigurationError(
+                    "--versus nixl needs --nixl-python: the interpreter of an environment with NIXL's wheel"
+                )
+            check_python(nixl_python)
+    except ConfigurationError as error:
+        raise _fail(str(error), 2) from None
+
+    async def work() -> dict[str, Any]:
+        with Progress(job, "nixl_async") as progress:
+            result = await run_job(job, backends, progress.take)
+        if versus is not None and nixl_python is not None:
+            with Progress(job, "NIXL") as progress:
+                theirs = await run_nixl(job, nixl_python, progress.take)
+            result["versus"] = {"nixl": theirs, "ratios": ratios(result, theirs)}
+        return result
+
+    try:
+        result = _run(work)
+    except DemoFailed as error:
+        raise _fail(str(error)) from None
+    except NixlError as error:
+        raise _fail(str(error)) from None
+    if output is Format.JSON:
+        print(json.dumps(result))
+    else:
+        print_result(result)
+
+
+def _known(name: str) -> str:
+    from nixl_async.backend import load_backend
+    from nixl_async.errors import ConfigurationError
+
+    load_backend(name)
+    if name == IN_PROCESS:
+        raise ConfigurationError(f"backend {name!r} does not reach other processes; the demo has two")
+    return name
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of the library and of what it runs on."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    for name in ("nixl-async", "numpy", "ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "uvloop"):
+        try:
+            print(f"{name} {installed(name)}")
+        except PackageNotFoundError:
+            continue
+    print(f"python {sys.version.split()[0]}")
+
+
+@app.command()
+def backends() -> None:
+    """List the backends, whether each can be used here, and its limits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from nixl_async.backend import BUILT_IN, load_backend
+    from nixl_async.errors import NixlError
+
+    table = Table("backend", "usable", "rank", "ops at once", "op of at most")
+    for name in BUILT_IN:
+        try:
+            found = load_backend(name)
+        except NixlError as error:
+            table.add_row(name, f"no: {error}", "", "", "")
+            continue
+        limits = found.limits
+        table.add_row(name, "yes", str(found.rank), str(limits.max_ops), f"{limits.max_op_nbytes >> 10} KiB")
+    console = Console()
+    console.print(table) if console.is_terminal or "COLUMNS" in os.environ else Console(width=160).print(table)
+
+
+@app.command("self-test")
+def self_test() -> None:
+    """Move a small KV cache between two processes by every backend that can, and check every byte."""
+    from nixl_async.backend import BUILT_IN
+    from nixl_async.demo.job import Job
+    from nixl_async.demo.run import DemoFailed, run_job
+    from nixl_async.errors import NixlError
+
+    job = Job("llama-3.1-8b", 64, 16, 8, 0.0)
+
+    async def work() -> int:
+        failed = 0
+        for name in BUILT_IN:
+            try:
+                if name == IN_PROCESS:
+                    continue
+                result = await run_job(job, [name])
+                ok = result["verified"] and result["route"] == name
+                print(f"{name}: {'ok' if ok else 'FAILED'}, {result['bytes']} bytes checked")
+                failed += not ok
+            except (DemoFailed, NixlError) as error:
+                print(f"{name}: FAILED: {error}")
+                failed += 1
+        return failed
+
+    if _run(work):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
