@@ -214,8 +214,6 @@ class TCPBackend(Backend):
     async def register(self, region: MemoryRegion) -> bytes:
         """Let peers that know the key read the region, and write to it unless it is read-only."""
         self._opened()
-        if region.kind is not MemoryKind.DRAM:
-            raise BackendError(f"it serves DRAM only, not {region.kind.value}", backend=self.name)
         key = secrets.randbits(64)
         status = lib.nx_tcp_register(self._engine, key, region.address, region.nbytes, region.readonly)
         if status:

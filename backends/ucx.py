@@ -182,8 +182,6 @@ class UCXBackend(Backend):
     async def register(self, region: MemoryRegion) -> bytes:
         """Map the memory; return the packed key."""
         host = self._opened()
-        if region.kind is not MemoryKind.DRAM:
-            raise BackendError(f"it registers DRAM only, not {region.kind.value}", backend=self.name)
         if region.readonly:
             raise BackendError("it registers writable memory only", backend=self.name)
         memory = ffi.new("void **")

@@ -269,6 +269,10 @@ class Agent:
         refusals = {}
         try:
             for backend in self._backends.values():
+                if region.kind not in backend.kinds:
+                    takes = ", ".join(sorted(kind.value for kind in backend.kinds))
+                    refusals[backend.name] = f"it takes {takes}, not {region.kind.value}"
+                    continue
                 try:
                     region.keys[backend.name] = await backend.register(region)
                 except NixlError as error:
@@ -755,9 +759,13 @@ def _payload(payload: bytes) -> bytes:
 
 
 def _split_address(address: str | tuple[str, int]) -> tuple[str, int]:
-    if isinstance(address, tuple):
+    if isinstance(address, tuple) and len(address) == 2 and isinstance(address[0], str) and isinstance(address[1], int):
+        if not 0 < address[1] <= 65535:
+            raise ConfigurationError(f"port {address[1]} of {address[0]!r} is out of range; give 1 to 65535")
         return address
+    if not isinstance(address, str):
+        raise ConfigurationError(f"address {address!r} is neither a string host:port nor a pair (host, port)")
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
         raise ConfigurationError(f"address {address!r} is not of the form host:port, such as 10.0.0.5:7000 or [::1]:7000")
     return host.strip("[]"), int(port)

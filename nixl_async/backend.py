@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from nixl_async.descriptors import MemoryKind
 from nixl_async.errors import BackendError, ConfigurationError, MissingDependency, NixlError, TransferError
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class Backend(ABC):
     """Moves bytes between two kinds of place. Subclass it, set `name`, and pass `nixl_async.testing.BackendTests`."""
 
     name: ClassVar[str]
+    kinds: ClassVar[frozenset[MemoryKind]] = frozenset({MemoryKind.DRAM})
+    """The kinds of memory it takes; `register` sees no others."""
     remote: ClassVar[bool] = True
     """Whether the backend reaches peers; a local one is never asked to `connect`."""
     limits: Limits = Limits()

@@ -39,6 +39,14 @@ async def connect(a: Agent, b: Agent) -> Peer:
     return peer
 
 
+async def known(agent: Agent, peer: Peer, region: str) -> None:
+    """Wait until `agent` has learnt of `region` at `peer`."""
+    events = agent.membership()
+    while region not in peer.regions:
+        async with asyncio.timeout(10):
+            await anext(events)
+
+
 @dataclass(eq=False)
 class AgentProcess:
     """An agent in another process, served, with one region "memory" that holds `pattern(nbytes, seed)` at first."""

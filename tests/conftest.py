@@ -10,10 +10,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, settings
 
 from nixl_async import Agent
@@ -29,7 +31,15 @@ ITERATION_SECONDS = 2.0
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say what the marks mean that only this file knows."""
+    # It serves every spawned process and keeps a pipe for as long as this one lives.
+    resource_tracker.ensure_running()
+    # libuv starts its four threads at the first name it looks up, and keeps them.
+    uvloop.run(_look_up())
     config.addinivalue_line("markers", "keeps: the first use of a library that keeps descriptors or threads for good")
+
+
+async def _look_up() -> None:
+    await asyncio.get_running_loop().getaddrinfo("localhost", 0)
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
@@ -48,7 +58,8 @@ def _descriptors() -> dict[str, str]:
             found[fd] = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             continue
-    return found
+    # libuv holds one of these from a loop's first listening socket on, to close connections when descriptors run out.
+    return {fd: target for fd, target in found.items() if target != "/dev/null"}
 
 
 @dataclass
@@ -63,7 +74,7 @@ class Footprint:
     @classmethod
     def take(cls) -> Footprint:
         # The threads of a loop's default executor live as long as the loop, which ends after this fixture.
-        lasting = {t.name for t in threading.enumerate() if t.name.startswith("asyncio_")}
+        lasting = {t.name for t in threading.enumerate() if t.name.startswith(("asyncio_", "uvloop_"))}
         n_native = len(os.listdir("/proc/self/task")) - len(lasting)
         return cls(_descriptors(), {t.name for t in threading.enumerate()} - lasting, n_native, set(os.listdir("/dev/shm")))
 

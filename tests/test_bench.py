@@ -84,8 +84,10 @@ def test_command_beside_nixl(command: str, nixl_python: str) -> None:
     both = command not in ("stall", "busy-peer")
     for row in rows:
         assert [other["label"] for other in row["others"]] == ([NIXL, NIXL_SAME] if both else [NIXL])
-        # Without a lag of ours there is no ratio to it.
-        assert all(other["median"] > 0 and (not row["ours"]["median"] or other["ratio"] > 0) for other in row["others"])
+        for other in row["others"]:
+            # A loop may well show no lag at all in so short a time; then there is no ratio.
+            assert other["median"] > 0 or command == "stall", row
+            assert not (row["ours"]["median"] and other["median"]) or other["ratio"] > 0, row
 
 
 def test_unknown_interpreter_is_a_warning_and_the_rest_is_measured() -> None:
