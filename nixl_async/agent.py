@@ -47,7 +47,7 @@ DEFAULT_BACKENDS = ("memory", "samehost", "tcp", "ucx")
 OPTIONAL_BACKENDS = frozenset({"samehost", "ucx"})
 """Of the defaults, those that may be absent: their package or kernel feature is not everywhere."""
 
-OFF_LOOP_DESCRIPTORS = 32768
+OFF_LOOP_DESCRIPTORS = 16384
 """Plans of more ranges than this, both sides together, are made on a thread: they would hold the loop longer than a millisecond."""
 INLINE_BUDGET_NS = 400_000
 """How long one loop iteration may spend on copies made at once."""
@@ -140,6 +140,9 @@ class Agent:
         self._inline_task: asyncio.Task[Any] | None = None
         self._inline_last_ns = 0
         self._begun: dict[Begun, str | None] = {}
+        # The last route found: regions of both sides, the peer's backends then, and the backends that can copy between them.
+        self._routed: tuple[tuple[tuple[Region, ...], tuple[Region, ...]], frozenset[str], tuple[str, ...]] | None = None
+        self._dispatching = False
         self._state = "new"
         self._counts = {"done": 0, "failed": 0, "cancelled": 0, "inline": 0}
         self._nbytes: dict[str, int] = {}
@@ -447,8 +450,10 @@ class Agent:
 
         Lists of tens of thousands of pages take milliseconds to check: `await agent.prepare(...)` does that off the loop.
         """
-        prepared = src if isinstance(src, PreparedTransfer) else self._prepare_now(src, _both(dst), backend)
-        return self._submit(prepared, notify, priority)
+        if not isinstance(src, PreparedTransfer):
+            return self._submit(self._prepare_now(src, _both(dst), backend), notify, priority)
+        self._check_prepared(src)
+        return self._submit(src, notify, priority)
 
     async def prepare(self, src: Places, dst: Places, *, backend: str | None = None) -> PreparedTransfer:
         """Check, pair, coalesce and route a transfer once, to send it many times; large ones are prepared off the loop."""
@@ -504,20 +509,24 @@ class Agent:
         routes = self._route(plan, backend)
         limits = self._backends[routes[0]].limits
         if 0 < plan.nbytes <= limits.max_op_nbytes and len(plan.lengths) <= limits.max_op_segments:
-            pieces = [plan]
+            pieces: tuple[Plan, ...] = (plan,)
         else:
-            pieces = list(plan.split(limits.max_op_nbytes, limits.max_op_segments)) if plan.nbytes else []
+            pieces = tuple(plan.split(limits.max_op_nbytes, limits.max_op_segments)) if plan.nbytes else ()
         return PreparedTransfer(self, plan, pieces, routes)
 
     def _route(self, plan: Plan, backend: str | None) -> tuple[str, ...]:
         peer = self._membership.peers.get(plan.dst.peer or plan.src.peer or "")
         if backend is None and peer is not None and (plan.src.peer is None or plan.dst.peer is None):
+            routed = self._routed
+            if routed is not None and routed[0] == (plan.src.regions, plan.dst.regions) and routed[1] == peer.backends:
+                return routed[2]
             found = tuple(
                 name
                 for name, one in self._backends.items()
                 if name in peer.backends and one.refusal(plan.src, plan.dst) is None
             )
             if found:
+                self._routed = (plan.src.regions, plan.dst.regions), frozenset(peer.backends), found
                 return found
         routes, refusals = self._routes(plan, backend)
         if not routes:
@@ -607,7 +616,6 @@ class Agent:
         self._inline_task = None
 
     def _submit(self, prepared: PreparedTransfer, notify: bytes | None, priority: int) -> Transfer:
-        self._check_prepared(prepared)
         payload = None if notify is None else _payload(notify)
         plan = prepared.plan
         record = TransferRecord(
@@ -624,8 +632,17 @@ class Agent:
         for side in (plan.src, plan.dst):
             for region in side.regions:
                 region.hold()
-        self._carry_out(self._scheduler.submit(record, self._loop.time()))
+        if actions := self._scheduler.submit(record, self._loop.time(), start=False):
+            self._carry_out(actions)
+        if not self._dispatching:
+            # At the end of the iteration, so that what is submitted together is batched together.
+            self._dispatching = True
+            self._loop.call_soon(self._dispatch)
         return transfer
+
+    def _dispatch(self) -> None:
+        self._dispatching = False
+        self._carry_out(self._scheduler.dispatch(self._loop.time()))
 
     def _cancel(self, transfer_id: int) -> None:
         self._carry_out(self._scheduler.cancel(transfer_id, self._loop.time()))
@@ -678,7 +695,7 @@ class Agent:
         if isinstance(error, TransferError):
             error.transfer_id = error.transfer_id or record.id
             error.peer = error.peer or record.peer
-            error.history = tuple(record.history)
+            error.history = record.history
         quarantined = isinstance(error, Quarantined)
         for side in (record.plan.src, record.plan.dst):
             for region in side.regions:
@@ -733,7 +750,7 @@ class Agent:
 
 async def _settled(transfer: Transfer) -> None:
     while not transfer.done():
-        await transfer._change()
+        await transfer._end()
 
 
 def _both(dst: Places | None) -> Places:

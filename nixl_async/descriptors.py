@@ -50,6 +50,15 @@ class Region:
     peer: str | None
     readonly: bool
 
+    _alone: tuple[Region] | None = None
+
+    @property
+    def alone(self) -> tuple[Region]:
+        """A tuple of this region only, the same one each time: many plans have no other region."""
+        if self._alone is None:
+            self._alone = (self,)
+        return self._alone
+
     def check_usable(self) -> None:
         """Raise `ClosedError` when the region is deregistered, `PeerLost` when its peer is gone."""
         raise NotImplementedError
@@ -76,7 +85,7 @@ class Region:
             raise DescriptorError(
                 f"bytes {start}:{stop} do not lie within region {self.name!r} of {self.nbytes} bytes (0 <= start <= stop)"
             )
-        return Descriptor(self, np.array([start], np.int64), np.array([stop - start], np.int64))
+        return Descriptor.one(self, start, stop - start)
 
     def pages(self, indices: ArrayLike, page_nbytes: int, *, offset: int = 0, stride_nbytes: int | None = None) -> Descriptor:
         """Describe the pages `offset + i * stride_nbytes` for every i of `indices`, in that order.
@@ -97,7 +106,7 @@ class Region:
         offsets = chosen * stride
         if offset:
             offsets += offset
-        return Descriptor(self, offsets, np.full(len(offsets), page_nbytes, np.int64))
+        return Descriptor(self, offsets, _repeated(page_nbytes, len(offsets)))
 
     def ranges(self, offsets: ArrayLike, nbytes: ArrayLike) -> Descriptor:
         """Describe the ranges of `nbytes[i]` bytes at `offsets[i]`; one integer for `nbytes` serves all of them.
@@ -108,7 +117,7 @@ class Region:
         starts = np.array(_integers("offsets", offsets))
         lengths = _integers("nbytes", nbytes)
         if len(lengths) == 1 and len(starts) != 1:
-            lengths = np.full(len(starts), lengths[0], np.int64)
+            lengths = _repeated(int(lengths[0]), len(starts))
         else:
             lengths = np.array(lengths)
         if len(lengths) != len(starts):
@@ -123,21 +132,49 @@ class Region:
 
 
 class Descriptor:
-    """N byte ranges of one region, in order: `offsets` and `lengths` in bytes, int64 arrays of shape (N,).
+    """N byte ranges of one region, in order: `offsets` and `lengths` in bytes, int64 arrays of shape (N,), not to be changed.
 
     Made by `Region.pages`, `Region.ranges`, slicing a region, or `BlockLayout.pages`; those check the bounds.
     """
 
-    __slots__ = ("lengths", "nbytes", "offsets", "region")
+    __slots__ = ("_lengths", "_offsets", "first", "nbytes", "region")
 
     def __init__(self, region: Region, offsets: Array, lengths: Array) -> None:
         self.region = region
-        self.offsets = offsets
-        self.lengths = lengths
-        self.nbytes = int(lengths[0]) if len(lengths) == 1 else int(lengths.sum())
+        self._offsets: Array | None = offsets
+        self._lengths: Array | None = lengths
+        single = len(lengths) == 1
+        if page_nbytes := _page_nbytes(lengths):
+            self.nbytes = page_nbytes * len(lengths)
+        else:
+            self.nbytes = int(lengths[0]) if single else int(lengths.sum())
+        self.first = int(offsets[0]) if single else None
+        """The offset of the only range, in bytes; `None` unless there is exactly one."""
+
+    @classmethod
+    def one(cls, region: Region, offset: int, nbytes: int) -> Descriptor:
+        """Describe one range whose bounds have been checked. Its arrays are made when somebody asks for them."""
+        made = cls.__new__(cls)
+        made.region, made.first, made.nbytes = region, offset, nbytes
+        made._offsets = made._lengths = None
+        return made
+
+    @property
+    def offsets(self) -> Array:
+        """Where each range begins in its region, in bytes."""
+        if self._offsets is None:
+            self._offsets = np.array([self.first], np.int64)
+        return self._offsets
+
+    @property
+    def lengths(self) -> Array:
+        """How long each range is, in bytes."""
+        if self._lengths is None:
+            self._lengths = np.array([self.nbytes], np.int64)
+        return self._lengths
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return 1 if self._offsets is None else len(self._offsets)
 
     def __repr__(self) -> str:
         return f"<Descriptor: {len(self)} ranges, {self.nbytes} bytes of {self.region!r}>"
@@ -202,7 +239,7 @@ class BlockLayout:
             if axis in self.axes:
                 chosen = self._select(axis, selection.get(axis))
                 offsets = (offsets[:, None] + chosen * self._strides[axis]).ravel()
-        return Descriptor(region, offsets, np.full(len(offsets), self.page_nbytes, np.int64))
+        return Descriptor(region, offsets, _repeated(self.page_nbytes, len(offsets)))
 
     def _select(self, axis: str, selection: Selection) -> Array:
         length = self.shape[self.axes.index(axis)]
@@ -293,8 +330,8 @@ def make_plan(src: Places, dst: Places) -> Plan:
         DescriptorError: the byte counts differ, a side is empty, or mixes owners, kinds or devices, or `dst` is read-only.
         ClosedError: a region is deregistered, or its peer is gone.
     """
-    if isinstance(src, Descriptor) and isinstance(dst, Descriptor) and len(src.offsets) == len(dst.offsets) == 1:
-        return _plan_one(src, dst)
+    if isinstance(src, Descriptor) and isinstance(dst, Descriptor) and src.first is not None and dst.first is not None:
+        return _plan_one(src, src.first, dst, dst.first)
     sources, targets = _as_descriptors("src", src), _as_descriptors("dst", dst)
     nbytes, wanted = sum(d.nbytes for d in sources), sum(d.nbytes for d in targets)
     _check_sizes(nbytes, wanted)
@@ -306,29 +343,32 @@ def make_plan(src: Places, dst: Places) -> Plan:
         part_ends.append(total)
     a, a_lengths = _side(sources)
     b, b_lengths = _side(targets)
-    if len(a_lengths) != len(b_lengths) or not np.array_equal(a_lengths, b_lengths):
-        a, b, lengths = _pair_unequal(a, a_lengths, b, b_lengths)
-    else:
+    if _page_nbytes(a_lengths) and _page_nbytes(a_lengths) == _page_nbytes(b_lengths):
         lengths = a_lengths
-    if not lengths.all():
-        keep = lengths > 0
-        a, b, lengths = _choose(a, keep), _choose(b, keep), lengths[keep]
+    else:
+        if len(a_lengths) == len(b_lengths) and np.array_equal(a_lengths, b_lengths):
+            lengths = a_lengths
+        else:
+            a, b, lengths = _pair_unequal(a, a_lengths, b, b_lengths)
+        if not lengths.all():
+            keep = lengths > 0
+            a, b, lengths = _choose(a, keep), _choose(b, keep), lengths[keep]
     if len(lengths) > 1:
         a, b, lengths = _coalesce(a, b, lengths, part_ends)
-    return Plan(a, b, lengths, nbytes, tuple(part_ends))
+    return Plan(a, b, np.ascontiguousarray(lengths), nbytes, tuple(part_ends))
 
 
-def _plan_one(src: Descriptor, dst: Descriptor) -> Plan:
+def _plan_one(src: Descriptor, first_src: int, dst: Descriptor, first_dst: int) -> Plan:
     """Plan one range to one range: the case where the price of each numpy call counts."""
     source, target = src.region, dst.region
     source.check_usable()
     target.check_usable()
     _check_sizes(src.nbytes, dst.nbytes)
     _check_writable(target)
-    a, b, lengths = src.offsets + source.address, dst.offsets + target.address, src.lengths
-    if src.nbytes == 0:
-        a, b, lengths = a[:0], b[:0], lengths[:0]
-    return Plan(Side((source,), a), Side((target,), b), lengths, src.nbytes, (src.nbytes,))
+    nbytes = src.nbytes
+    stop = 1 if nbytes else 0
+    row = np.array((source.address + first_src, target.address + first_dst, nbytes), np.int64)
+    return Plan(Side(source.alone, row[:stop]), Side(target.alone, row[1 : 1 + stop]), row[2 : 2 + stop], nbytes, (nbytes,))
 
 
 def _check_sizes(nbytes: int, wanted: int) -> None:
@@ -352,6 +392,18 @@ def concatenate(plans: Sequence[Plan]) -> Plan:
         sum(p.nbytes for p in plans),
         (),
     )
+
+
+def _repeated(nbytes: int, n: int) -> Array:
+    """Return an array of `n` times `nbytes` that takes no memory: all its elements are one."""
+    array: Array = np.ndarray((n,), np.int64, np.array([nbytes], np.int64), 0, (0,))
+    array.flags.writeable = False
+    return array
+
+
+def _page_nbytes(lengths: Array) -> int:
+    """Return the byte count that `_repeated` made an array of, 0 if it is another array."""
+    return int(lengths[0]) if len(lengths) and lengths.strides == (0,) else 0
 
 
 def _positive(what: str, value: int) -> int:
@@ -403,7 +455,7 @@ def _as_descriptors(what: str, places: Places) -> list[Descriptor]:
 def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
     if len(descriptors) == 1:
         only = descriptors[0]
-        return Side((only.region,), only.offsets + only.region.address), only.lengths
+        return Side(only.region.alone, only.offsets + only.region.address), only.lengths
     regions: dict[int, int] = {}
     table: list[Region] = []
     positions = []
@@ -444,7 +496,7 @@ def _coalesce(a: Side, b: Side, lengths: Array, part_ends: Sequence[int]) -> tup
     if not joined.any():
         return a, b, lengths
     page_nbytes = int(lengths[0])
-    uniform = int(lengths.min()) == int(lengths.max())
+    uniform = _page_nbytes(lengths) > 0 or int(lengths.min()) == int(lengths.max())
     if len(part_ends) > 1:
         inner = np.asarray(part_ends[:-1], np.int64)
         firsts = inner // page_nbytes if uniform else np.searchsorted(np.cumsum(lengths), inner, "left") + 1

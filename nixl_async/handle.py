@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, bisect_right
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,17 +31,22 @@ class Transfer:
     Cancelling a task that awaits it cancels the transfer (`asyncio.shield` prevents that).
     """
 
-    __slots__ = ("__weakref__", "_agent", "_done", "_left", "_ready", "_record", "_waiters", "notify")
+    __slots__ = ("__weakref__", "_agent", "_done", "_left", "_ready", "_record", "_waiters", "_watchers", "notify")
 
     def __init__(self, agent: Agent, record: TransferRecord, notify: bytes | None) -> None:
         self._agent = agent
         self._record = record
         self.notify = notify
         self._done = False
-        self._waiters: list[asyncio.Future[None]] = []
+        # Ten thousand of these may live at once: what most of them need not is made when it is needed.
+        self._waiters: list[asyncio.Future[None]] | None = None
+        self._watchers: list[asyncio.Future[None]] | None = None
         ends = record.plan.part_ends
-        self._left = [end - start for start, end in zip((0, *ends[:-1]), ends, strict=True)]
-        self._ready = [index for index, nbytes in enumerate(self._left) if nbytes == 0]
+        self._left: list[int] | None = None
+        self._ready: list[int] | None = None
+        if len(ends) > 1:
+            self._left = [end - start for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+            self._ready = [index for index, nbytes in enumerate(self._left) if nbytes == 0]
 
     def __repr__(self) -> str:
         record = self._record
@@ -124,21 +129,26 @@ class Transfer:
         """
         given = 0
         sizes = self._record.plan.part_ends
-        while given < len(self._left):
-            while given < len(self._ready):
-                index = self._ready[given]
+        while given < len(sizes):
+            ready = self._ready
+            if ready is None:
+                ready = [0] if self._record.nbytes_done == self.nbytes else []
+            while given < len(ready):
+                index = ready[given]
                 given += 1
                 yield Part(index, sizes[index] - (sizes[index - 1] if index else 0))
-            if given < len(self._left):
+            if given < len(sizes):
                 if self._done:
                     self.result()
-                await self._change()
+                if self._watchers is None:
+                    self._watchers = []
+                await self._wake_up(self._watchers)
 
     async def _wait(self) -> TransferResult:
         cancelled: asyncio.CancelledError | None = None
         while not self._done:
             try:
-                await self._change()
+                await self._end()
             except asyncio.CancelledError as error:
                 # Kept until the hardware is quiet: the caller may reuse its memory when this raises.
                 cancelled = error
@@ -147,14 +157,20 @@ class Transfer:
             raise cancelled
         return self.result()
 
-    async def _change(self) -> None:
+    async def _end(self) -> None:
+        """Wait until the transfer is resolved."""
+        if self._waiters is None:
+            self._waiters = []
+        await self._wake_up(self._waiters)
+
+    async def _wake_up(self, waiters: list[asyncio.Future[None]]) -> None:
         waiter = self._agent._loop.create_future()
-        self._waiters.append(waiter)
+        waiters.append(waiter)
         try:
             await waiter
         finally:
             if not waiter.done():
-                self._waiters.remove(waiter)
+                waiters.remove(waiter)
 
     def _check_done(self) -> None:
         if not self._done:
@@ -162,6 +178,9 @@ class Transfer:
 
     def _progress(self, start: int, nbytes: int) -> None:
         """Count `nbytes` bytes from `start` on as in place."""
+        if self._left is None or self._ready is None:
+            self._tell_watchers()
+            return
         ends = self._record.plan.part_ends
         stop = start + nbytes
         for index in range(bisect_right(ends, start), min(bisect_left(ends, stop) + 1, len(ends))):
@@ -170,17 +189,25 @@ class Transfer:
             self._left[index] -= moved
             if moved and self._left[index] == 0:
                 self._ready.append(index)
-        self._wake()
+        self._tell_watchers()
 
     def _resolve(self) -> None:
         self._done = True
-        self._wake()
+        self._tell_watchers()
+        if self._waiters is not None:
+            waiters, self._waiters = self._waiters, None
+            _wake_all(waiters)
 
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+    def _tell_watchers(self) -> None:
+        if self._watchers is not None:
+            watchers, self._watchers = self._watchers, None
+            _wake_all(watchers)
+
+
+def _wake_all(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
 
 
 class PreparedTransfer:
@@ -191,7 +218,7 @@ class PreparedTransfer:
 
     __slots__ = ("_agent", "pieces", "plan", "routes")
 
-    def __init__(self, agent: Agent, plan: Plan, pieces: list[Plan], routes: tuple[str, ...]) -> None:
+    def __init__(self, agent: Agent, plan: Plan, pieces: Sequence[Plan], routes: tuple[str, ...]) -> None:
         self._agent = agent
         self.plan = plan
         self.pieces = pieces
@@ -208,4 +235,4 @@ class PreparedTransfer:
 
     def submit(self, *, notify: bytes | None = None, priority: int = 0) -> Transfer:
         """Send it without waiting; see `Agent.submit`."""
-        return self._agent._submit(self, notify, priority)
+        return self._agent.submit(self, notify=notify, priority=priority)

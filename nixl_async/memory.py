@@ -190,6 +190,7 @@ class MemoryRegion(_Held):
         await self._close(self)
         if not self.quarantined:
             self.owner = None
+        self._alone = None
 
     async def __aenter__(self) -> MemoryRegion:
         return self

@@ -7,6 +7,7 @@ peers, batching of small transfers to one peer, retry with back-off, moving to t
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 from collections import deque
@@ -21,13 +22,14 @@ from nixl_async.transfer import TransferEvent, TransferRecord, TransferState
 
 BATCH_NBYTES = 256 << 10
 """Pieces up to this size may share an op with others to the same peer."""
-BATCH_PARTS = 1024
-"""The most transfers that share one op."""
+BATCH_PARTS = 128
+"""The most transfers that share one op; all of them end in one iteration of the loop."""
+_SENDING = frozenset({TransferState.QUEUED, TransferState.ACTIVE})
 MAX_RETRIES = 3
 BACKOFF_SECONDS = 0.01
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Start:
     """Give `op` to `backend`."""
 
@@ -35,14 +37,14 @@ class Start:
     op: Op
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stop:
     """Cancel the op; its end is still reported by `op_failed` or `op_done`."""
 
     op_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finish:
     """Resolve the transfer: its record is final."""
 
@@ -69,7 +71,33 @@ class _Usage:
 class _Lane:
     """The transfers waiting for one backend towards one peer, the most urgent first."""
 
-    waiting: list[tuple[int, float, int, TransferRecord]] = field(default_factory=list)
+    queues: dict[tuple[int, float], deque[TransferRecord]] = field(default_factory=dict)
+    urgency: list[tuple[int, float]] = field(default_factory=list)
+    """The queues' keys, (negative priority, deadline), sorted."""
+
+    def push(self, record: TransferRecord, *, front: bool = False) -> None:
+        """Let a transfer wait behind those of its urgency, or in front of them."""
+        key = (-record.priority, float("inf") if record.deadline is None else record.deadline)
+        queue = self.queues.get(key)
+        if queue is None:
+            queue = self.queues[key] = deque()
+            bisect.insort(self.urgency, key)
+        if front:
+            queue.appendleft(record)
+        else:
+            queue.append(record)
+
+    def head(self) -> TransferRecord | None:
+        """Return the transfer whose turn it is; forget those that have nothing left to send."""
+        while self.urgency:
+            queue = self.queues[self.urgency[0]]
+            while queue:
+                record = queue[0]
+                if record.state in _SENDING and record.peek() is not None:
+                    return record
+                queue.popleft()
+            del self.queues[self.urgency.pop(0)]
+        return None
 
 
 class Scheduler:
@@ -89,8 +117,8 @@ class Scheduler:
 
     # Events. Each returns the actions that follow, in order.
 
-    def submit(self, record: TransferRecord, now: float) -> list[Action]:
-        """Accept a QUEUED transfer whose plan has been checked."""
+    def submit(self, record: TransferRecord, now: float, *, start: bool = True) -> list[Action]:
+        """Accept a QUEUED transfer whose plan has been checked; with `start=False` it waits for `dispatch` or another event."""
         record.submitted = now
         if record.plan.nbytes == 0:
             record.started = now
@@ -99,12 +127,15 @@ class Scheduler:
             self._finish(record, now)
             return self._take_actions()
         self._records[record.id] = record
-        start = 0
-        for piece in record.pieces:
-            record.unsent.append((start, piece))
-            start += piece.nbytes
         self._queue(record)
-        self._dispatch(record.routes[0], now)
+        if start:
+            self._dispatch(record.routes[0], now)
+        return self._take_actions()
+
+    def dispatch(self, now: float) -> list[Action]:
+        """Start as much of what waits as there is room for."""
+        for backend in self._lanes:
+            self._dispatch(backend, now)
         return self._take_actions()
 
     def op_done(self, op_id: int, now: float) -> list[Action]:
@@ -174,7 +205,7 @@ class Scheduler:
     def idle(self, backend: str, peer: str | None) -> bool:
         """Return whether nothing waits for `backend` towards `peer`, so that a small copy may be made at once."""
         lane = self._lanes[backend].get(peer)
-        return lane is None or not lane.waiting
+        return lane is None or lane.head() is None
 
     def live(self) -> list[TransferRecord]:
         """Return the transfers that are not final."""
@@ -191,52 +222,51 @@ class Scheduler:
         actions, self._actions = self._actions, []
         return actions
 
-    def _queue(self, record: TransferRecord) -> None:
-        lane = self._lanes[record.routes[0]].setdefault(record.peer, _Lane())
-        deadline = float("inf") if record.deadline is None else record.deadline
-        heapq.heappush(lane.waiting, (-record.priority, deadline, record.id, record))
-
-    def _head(self, lane: _Lane) -> TransferRecord | None:
-        while lane.waiting:
-            record = lane.waiting[0][3]
-            if record.unsent and record.state in (TransferState.QUEUED, TransferState.ACTIVE):
-                return record
-            heapq.heappop(lane.waiting)
-        return None
+    def _queue(self, record: TransferRecord, *, front: bool = False) -> None:
+        lanes = self._lanes[record.routes[0]]
+        lane = lanes.get(record.peer)
+        if lane is None:
+            lane = lanes[record.peer] = _Lane()
+        lane.push(record, front=front)
 
     def _dispatch(self, backend: str, now: float) -> None:
         limits, usage, lanes = self._limits[backend], self._usage[backend], self._lanes[backend]
         while usage.ops < limits.max_ops and lanes:
-            for empty in [peer for peer, lane in lanes.items() if self._head(lane) is None]:
+            for empty in [peer for peer, lane in lanes.items() if lane.head() is None]:
                 del lanes[empty]
             if not lanes:
                 return
-            peer, lane = min(lanes.items(), key=lambda item: item[1].waiting[0][:2])
-            head = lane.waiting[0][3]
-            if usage.nbytes and usage.nbytes + head.unsent[0][1].nbytes > limits.max_nbytes:
+            peer, lane = min(lanes.items(), key=lambda item: item[1].urgency[0])
+            head = lane.head()
+            piece = None if head is None else head.peek()
+            assert piece is not None
+            first = piece.nbytes
+            if usage.nbytes and usage.nbytes + first > limits.max_nbytes:
                 return
-            room = limits.max_nbytes - usage.nbytes if usage.nbytes else max(limits.max_nbytes, head.unsent[0][1].nbytes)
+            room = limits.max_nbytes - usage.nbytes if usage.nbytes else max(limits.max_nbytes, first)
             parts = self._gather(lane, limits, room)
             # The lane goes to the end, so that peers of equal urgency take turns.
             lanes[peer] = lanes.pop(peer)
             self._start(backend, parts, now)
 
     def _gather(self, lane: _Lane, limits: Limits, room: int) -> list[tuple[TransferRecord, int, Plan]]:
-        head = self._head(lane)
+        head = lane.head()
         assert head is not None
-        start, plan = head.unsent.popleft()
+        start, plan = head.take()
         parts = [(head, start, plan)]
         if head.solo or plan.nbytes > BATCH_NBYTES:
             return parts
         nbytes, segments = plan.nbytes, len(plan.lengths)
-        while len(parts) < BATCH_PARTS and (record := self._head(lane)) is not None:
-            start, piece = record.unsent[0]
+        max_nbytes, max_segments = min(limits.max_op_nbytes, room), limits.max_op_segments
+        while len(parts) < BATCH_PARTS and (record := lane.head()) is not None:
+            piece = record.peek()
+            if piece is None or record.solo or piece.nbytes > BATCH_NBYTES:
+                break
             nbytes += piece.nbytes
             segments += len(piece.lengths)
-            fits = nbytes <= min(limits.max_op_nbytes, room) and segments <= limits.max_op_segments
-            if not fits or record.solo or piece.nbytes > BATCH_NBYTES or not _alike(head, record):
+            if nbytes > max_nbytes or segments > max_segments or not _alike(head, record):
                 break
-            record.unsent.popleft()
+            start, piece = record.take()
             parts.append((record, start, piece))
         return parts
 
@@ -281,14 +311,15 @@ class Scheduler:
 
     def _requeue(self, record: TransferRecord, pieces: list[tuple[int, Plan]], now: float) -> None:
         """Let pieces wait again, in front; all that waits is cut to what the record's route takes, which may have changed."""
-        record.unsent = deque(_cut([*pieces, *record.unsent], self._limits[record.routes[0]]))
-        self._queue(record)
+        record.again = list(_cut([*pieces, *record.drop_unsent()], self._limits[record.routes[0]]))
+        record.again.reverse()
+        self._queue(record, front=True)
         self._dispatch(record.routes[0], now)
 
     def _decide(self, record: TransferRecord, error: BaseException | None, now: float) -> None:
         """Settle the outcome: `error`, or cancelled when it is None; stop what is in flight."""
         record.error = error
-        record.unsent.clear()
+        record.drop_unsent()
         if record.state is TransferState.QUEUED:
             record.move(TransferEvent.CANCEL if error is None else TransferEvent.REFUSE, now)
             self._finish(record, now)
@@ -356,8 +387,11 @@ def _alike(a: TransferRecord, b: TransferRecord) -> bool:
     """Return whether two transfers of one lane may share an op."""
     if a.put is not b.put:
         return False
-    sides = ((a.plan.src, b.plan.src), (a.plan.dst, b.plan.dst))
-    return all(x.kind is y.kind and x.regions[0].device == y.regions[0].device for x, y in sides)
+    for x, y in ((a.plan.src, b.plan.src), (a.plan.dst, b.plan.dst)):
+        one, other = x.regions[0], y.regions[0]
+        if one is not other and (one.kind is not other.kind or one.device != other.device):
+            return False
+    return True
 
 
 def _cut(pieces: Iterable[tuple[int, Plan]], limits: Limits) -> Iterable[tuple[int, Plan]]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nixl_async.descriptors import Plan
@@ -17,11 +16,12 @@ from nixl_async.errors import InvalidTransition
 
 logger = logging.getLogger("nixl_async.transfer")
 
-HISTORY_LENGTH = 64
-
 
 class TransferState(enum.Enum):
     """Where a transfer is in its life."""
+
+    # Members are equal when identical; enum's own hash is Python code, and each move looks two of them up.
+    __hash__ = object.__hash__
 
     QUEUED = "queued"
     """Accepted; nothing started; waiting for room."""
@@ -44,6 +44,8 @@ class TransferState(enum.Enum):
 
 class TransferEvent(enum.Enum):
     """What can happen to a transfer."""
+
+    __hash__ = object.__hash__
 
     ADMIT = "admit"
     REFUSE = "refuse"
@@ -72,6 +74,10 @@ TRANSITIONS: dict[TransferState, dict[TransferEvent, TransferState]] = {
     TransferState.DONE: {},
     TransferState.FAILED: {},
     TransferState.CANCELLED: {},
+}
+_ARROWS = {
+    old: {event: (new, (old.name, event.value, new.name)) for event, new in arrows.items()}
+    for old, arrows in TRANSITIONS.items()
 }
 
 
@@ -102,9 +108,10 @@ class TransferResult(NamedTuple):
 class TransferRecord:
     """Everything the scheduler keeps about one transfer.
 
-    `routes` are the backends still to be tried, the current one first; `pieces` is the plan cut to that one's limits.
-    `unsent` are pieces not yet given to a backend, as (first byte, plan); `in_flight` counts started ops; `solo` keeps
-    the transfer out of batches, so that a failure can be told to be its own.
+    `routes` are the backends still to be tried, the current one first; `pieces` is the plan cut to that one's limits, of which
+    `taken` pieces and `taken_nbytes` bytes have been given to it; `again` holds what must be sent another time, as (first byte,
+    plan), the next one last. `in_flight` counts started ops; `solo` keeps the transfer out of batches, so that a failure can be
+    told to be its own. `history` has three moves at most.
     """
 
     id: int
@@ -124,10 +131,34 @@ class TransferRecord:
     retries: int = 0
     in_flight: int = 0
     nbytes_done: int = 0
-    unsent: deque[tuple[int, Plan]] = field(default_factory=deque)
+    taken: int = 0
+    taken_nbytes: int = 0
+    again: list[tuple[int, Plan]] | None = None
     solo: bool = False
     cancel_requested: bool = False
-    history: deque[tuple[float, str, str, str]] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+    history: tuple[tuple[float, str, str, str], ...] = ()
+
+    def peek(self) -> Plan | None:
+        """Return the next piece to be given to a backend, `None` if there is none left."""
+        if self.again:
+            return self.again[-1][1]
+        return self.pieces[self.taken] if self.taken < len(self.pieces) else None
+
+    def take(self) -> tuple[int, Plan]:
+        """Take the next piece, as (first byte, plan)."""
+        if self.again:
+            return self.again.pop()
+        first, piece = self.taken_nbytes, self.pieces[self.taken]
+        self.taken += 1
+        self.taken_nbytes += piece.nbytes
+        return first, piece
+
+    def drop_unsent(self) -> list[tuple[int, Plan]]:
+        """Take all that is left, in order."""
+        left = []
+        while self.peek() is not None:
+            left.append(self.take())
+        return left
 
     def move(self, event: TransferEvent, now: float) -> TransferState:
         """Apply `event`; append `(now, old, event, new)` to the history.
@@ -135,17 +166,16 @@ class TransferRecord:
         Raises:
             InvalidTransition: the state does not allow the event; nothing changed.
         """
-        old = self.state
-        target = TRANSITIONS[old].get(event)
-        if target is None:
+        arrow = _ARROWS[self.state].get(event)
+        if arrow is None:
             raise InvalidTransition(
-                f"transfer {self.id} is {old.name}, which does not allow {event.value!r}; history: {list(self.history)}"
+                f"transfer {self.id} is {self.state.name}, which does not allow {event.value!r}; history: {list(self.history)}"
             )
-        self.state = target
-        self.history.append((now, old.name, event.value, target.name))
+        self.state, names = arrow
+        self.history = (*self.history, (now, *names))
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("transfer %d: %s -> %s (%s)", self.id, old.name, target.name, event.value)
-        return target
+            logger.debug("transfer %d: %s -> %s (%s)", self.id, names[0], names[2], names[1])
+        return self.state
 
     def result(self) -> TransferResult:
         """Return the summary of a transfer that is DONE; `seconds` and `queued_seconds` on the caller's clock."""

@@ -132,6 +132,21 @@ ONE = Limits(max_ops=1)
 # Admission.
 
 
+def test_what_is_submitted_without_starting_is_batched_by_the_next_dispatch() -> None:
+    bench = Bench()
+    for number in range(3):
+        assert bench.take(bench.scheduler.submit(make_record(number, bench.limits), 0.0, start=False)) == []
+    bench.take(bench.scheduler.dispatch(0.0))
+    assert bench.order() == [[0, 1, 2]]
+    assert bench.take(bench.scheduler.dispatch(0.0)) == []
+
+
+def test_nothing_to_move_finishes_without_being_dispatched() -> None:
+    bench = Bench()
+    bench.take(bench.scheduler.submit(make_record(1, bench.limits, nbytes=0), 0.0, start=False))
+    assert [record.id for record in bench.finished] == [1]
+
+
 def test_a_transfer_starts_at_once_and_finishes_with_its_last_op() -> None:
     bench = Bench(wire=Limits(max_op_nbytes=40))
     record = bench.submit(nbytes=100)
@@ -653,7 +668,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert live == {n for n, record in self.records.items() if not record.state.final}
         assert {record.id for record in self.bench.finished} == set(self.records) - live
         for record in self.bench.scheduler.live():
-            if record.unsent:
+            if record.peek() is not None:
                 assert self.bench.scheduler.in_flight(record.routes[0])[0], f"{record} waits for nothing"
             elif record.in_flight == 0:
                 assert self.bench.scheduler.next_wakeup() is not None, f"{record} waits for nothing"
