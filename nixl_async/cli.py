@@ -146,7 +146,10 @@ def version() -> None:
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
-    for name in ("nixl-async", "numpy", "ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "uvloop"):
+    from nixl_async import __version__
+
+    print(f"nixl-async {__version__}")
+    for name in ("numpy", "ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "uvloop"):
         try:
             print(f"{name} {installed(name)}")
         except PackageNotFoundError:

@@ -103,10 +103,7 @@ class Region:
         chosen = _integers("indices", indices)
         n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
         _check_bounds("page index", chosen, n_pages, f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes")
-        offsets = chosen * stride
-        if offset:
-            offsets += offset
-        return Descriptor(self, offsets, _repeated(page_nbytes, len(offsets)))
+        return Descriptor.paged(self, chosen, page_nbytes, stride, offset)
 
     def ranges(self, offsets: ArrayLike, nbytes: ArrayLike) -> Descriptor:
         """Describe the ranges of `nbytes[i]` bytes at `offsets[i]`; one integer for `nbytes` serves all of them.
@@ -137,34 +134,71 @@ class Descriptor:
     Made by `Region.pages`, `Region.ranges`, slicing a region, or `BlockLayout.pages`; those check the bounds.
     """
 
-    __slots__ = ("_lengths", "_offsets", "first", "nbytes", "region")
+    __slots__ = ("_base", "_indices", "_lengths", "_offsets", "_stride", "first", "nbytes", "region")
+    region: Region
+    first: int | None
+    """The offset of the only range, in bytes; `None` unless there is exactly one."""
+    nbytes: int
+    _indices: NDArray[np.int32] | Array | None
+    _stride: int
+    _base: int
+    _offsets: Array | None
+    _lengths: Array | None
 
     def __init__(self, region: Region, offsets: Array, lengths: Array) -> None:
         self.region = region
-        self._offsets: Array | None = offsets
-        self._lengths: Array | None = lengths
+        self._indices = None
+        self._offsets = offsets
+        self._lengths = lengths
         single = len(lengths) == 1
         if page_nbytes := _page_nbytes(lengths):
             self.nbytes = page_nbytes * len(lengths)
         else:
             self.nbytes = int(lengths[0]) if single else int(lengths.sum())
         self.first = int(offsets[0]) if single else None
-        """The offset of the only range, in bytes; `None` unless there is exactly one."""
 
     @classmethod
     def one(cls, region: Region, offset: int, nbytes: int) -> Descriptor:
         """Describe one range whose bounds have been checked. Its arrays are made when somebody asks for them."""
         made = cls.__new__(cls)
         made.region, made.first, made.nbytes = region, offset, nbytes
-        made._offsets = made._lengths = None
+        made._offsets = made._lengths = made._indices = None
+        return made
+
+    @classmethod
+    def paged(cls, region: Region, indices: Array, page_nbytes: int, stride_nbytes: int, offset: int) -> Descriptor:
+        """Describe pages whose bounds have been checked. Only the indices are copied; where they are is reckoned off the loop."""
+        n = len(indices)
+        if n == 1:
+            return cls.one(region, int(indices[0]) * stride_nbytes + offset, page_nbytes)
+        made = cls.__new__(cls)
+        made.region, made.first, made.nbytes = region, None, n * page_nbytes
+        # Every index is below the region's pages. Half the memory is half the page faults, which cost more than the copying.
+        made._indices = indices.astype(np.int32 if region.nbytes // stride_nbytes < 1 << 31 else np.int64)
+        made._stride, made._base = stride_nbytes, offset
+        made._offsets, made._lengths = None, _repeated(page_nbytes, n)
         return made
 
     @property
     def offsets(self) -> Array:
         """Where each range begins in its region, in bytes."""
         if self._offsets is None:
-            self._offsets = np.array([self.first], np.int64)
+            self._offsets = np.array([self.first], np.int64) if self._indices is None else self._from(self._base)
         return self._offsets
+
+    @property
+    def addresses(self) -> Array:
+        """Where each range begins in its owner's memory."""
+        if self._indices is not None and self._offsets is None:
+            return self._from(self._base + self.region.address)
+        return self.offsets + self.region.address
+
+    def _from(self, base: int) -> Array:
+        assert self._indices is not None
+        found: Array = self._indices.astype(np.int64)
+        found *= self._stride
+        found += base
+        return found
 
     @property
     def lengths(self) -> Array:
@@ -174,7 +208,7 @@ class Descriptor:
         return self._lengths
 
     def __len__(self) -> int:
-        return 1 if self._offsets is None else len(self._offsets)
+        return 1 if self._lengths is None else len(self._lengths)
 
     def __repr__(self) -> str:
         return f"<Descriptor: {len(self)} ranges, {self.nbytes} bytes of {self.region!r}>"
@@ -455,7 +489,7 @@ def _as_descriptors(what: str, places: Places) -> list[Descriptor]:
 def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
     if len(descriptors) == 1:
         only = descriptors[0]
-        return Side(only.region.alone, only.offsets + only.region.address), only.lengths
+        return Side(only.region.alone, only.addresses), only.lengths
     regions: dict[int, int] = {}
     table: list[Region] = []
     positions = []
@@ -464,7 +498,7 @@ def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
             regions[id(descriptor.region)] = len(table)
             table.append(descriptor.region)
         positions.append(regions[id(descriptor.region)])
-    addresses = np.concatenate([d.offsets + d.region.address for d in descriptors])
+    addresses = np.concatenate([d.addresses for d in descriptors])
     index = np.repeat(np.array(positions, np.int64), [len(d) for d in descriptors]) if len(table) > 1 else None
     return Side(tuple(table), addresses, index), np.concatenate([d.lengths for d in descriptors])
 

@@ -1,0 +1,110 @@
+"""The tcp backend: its port answers nobody who does not know the token, and nothing outside registered regions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from nixl_async import AccessError, Agent, BackendError, DescriptorError
+from nixl_async.backend import Host, PeerInfo
+from nixl_async.backends.tcp import TCPBackend
+from nixl_async.testing import Canary, assert_same, pattern
+from tests.agents import TOKEN, agent_process, known, two_agents
+
+
+async def _opened(name: str = "a") -> TCPBackend:
+    backend = TCPBackend()
+    await backend.open(Host(name, "1", asyncio.get_running_loop()))
+    await backend.listen("127.0.0.1")
+    return backend
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"token": "zz"}, {"token": "00"}, {"at": 5}, {"at": [["127.0.0.1", 0]]}, {"at": [["not an address", 5]]}, {"at": []}],
+)
+async def test_descriptions_that_are_refused(change: dict[str, object]) -> None:
+    backend = await _opened()
+    try:
+        broken = json.dumps(json.loads(backend.describe()) | change).encode()
+        with pytest.raises(BackendError):
+            await backend.connect(PeerInfo("b", "1", broken, "127.0.0.1"))
+    finally:
+        await backend.aclose()
+
+
+async def test_a_wrong_token_is_refused() -> None:
+    backend = await _opened()
+    try:
+        value = json.loads(backend.describe())
+        value["token"] = "00" * (len(value["token"]) // 2)
+        with pytest.raises(BackendError, match="does not take us"):
+            await backend.connect(PeerInfo("b", "1", json.dumps(value).encode(), "127.0.0.1"))
+    finally:
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n\r\n", b"nixltcp1" + b"\x00" * 200, b"\xff" * 5000])
+async def test_whatever_a_stranger_sends_it_is_closed_and_nothing_moves(data: bytes) -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        memory = pattern(1 << 16, 1)
+        await b.register(memory, name="kv")
+        await known(a, peer, "kv")
+        canary = Canary(memory)
+        (_, port), *_ = json.loads(b._backends["tcp"].describe())["at"]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(data)
+        writer.write_eof()
+        async with asyncio.timeout(15):
+            assert await reader.read() == b""
+        writer.close()
+        canary.check()
+        got = np.zeros(1 << 16, np.uint8)
+        await a.transfer(peer.region("kv"), await a.register(got))
+        assert_same(got, memory)
+
+
+async def test_keys_and_bounds_are_checked_by_the_side_that_owns_the_memory() -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        memory = pattern(8192, 1)
+        there = await b.register(memory, name="kv")
+        await b.register(b"x" * 8192, name="constant")
+        await known(a, peer, "constant")
+        here = await a.register(pattern(8192, 2))
+        canary = Canary(memory)
+        remote = peer.region("kv")
+        remote.nbytes *= 2
+        with pytest.raises(AccessError):
+            await a.transfer(here, remote[8192:16384])
+        remote.nbytes //= 2
+        key, remote.keys["tcp"] = remote.keys["tcp"], struct.pack("<Q", 12345)
+        with pytest.raises(AccessError):
+            await a.transfer(here, remote)
+        remote.keys["tcp"] = key
+        constant = peer.region("constant")
+        with pytest.raises(DescriptorError, match="read-only"):
+            await a.transfer(here, constant)
+        constant.readonly = False
+        with pytest.raises(AccessError):
+            await a.transfer(here, constant)
+        canary.check()
+        await a.transfer(here, remote)
+        assert_same(memory, pattern(8192, 2))
+        assert there.name == "kv"
+
+
+async def test_many_segments_of_all_sizes() -> None:
+    random = np.random.default_rng(1)
+    async with agent_process("far", nbytes=32 << 20, seed=1) as far, Agent("near", token=TOKEN, backends=["tcp"]) as near:
+        got = np.zeros(32 << 20, np.uint8)
+        here, remote = await near.register(got), (await near.connect(far.address)).region("memory")
+        cuts = np.unique(np.concatenate(([0, 32 << 20], random.integers(0, 32 << 20, 5000))))
+        order = random.permutation(len(cuts) - 1)
+        starts, lengths = cuts[:-1][order], np.diff(cuts)[order]
+        result = await near.transfer(remote.ranges(starts, lengths), here.ranges(starts, lengths))
+        assert result.nbytes == 32 << 20
+        assert_same(got, await asyncio.to_thread(pattern, 32 << 20, 1))

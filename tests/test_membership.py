@@ -1,0 +1,159 @@
+"""Who comes, who goes, who dials whom: real agents over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import numpy as np
+import pytest
+
+from nixl_async import Agent, ClosedError, ConfigurationError, PeerLost
+from tests.agents import TOKEN, connect, known, two_agents
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+async def test_both_dial_at_once_and_keep_one_connection() -> None:
+    for _ in range(10):
+        async with Agent("a", token=TOKEN) as a, Agent("b", token=TOKEN) as b:
+            at_a, at_b = await a.serve(), await b.serve()
+            seen_by_a, seen_by_b = await asyncio.gather(a.connect(at_b), b.connect(at_a))
+            assert (seen_by_a.name, seen_by_b.name) == ("b", "a")
+            await a.notify("b", b"one")
+            await b.notify("a", b"two")
+            async with asyncio.timeout(10):
+                assert (await anext(b.notifications())).payload == b"one"
+                assert (await anext(a.notifications())).payload == b"two"
+            assert (a.statistics().peers, b.statistics().peers) == (1, 1)
+
+
+async def test_connecting_twice_gives_the_same_peer() -> None:
+    async with two_agents() as (a, b, peer):
+        assert b.address is not None
+        assert await a.connect(b.address) is peer
+        assert await a.connect(f"{b.address[0]}:{b.address[1]}") is peer
+        assert a.peer("b") is peer
+
+
+async def test_names_and_addresses_of_both_families() -> None:
+    hosts = ["localhost", "127.0.0.1", *(["::1"] if _has_ipv6() else [])]
+    for host in hosts:
+        async with Agent("a", token=TOKEN) as a, Agent("b", token=TOKEN) as b:
+            _, port = await b.serve(host)
+            text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            assert (await a.connect(text)).name == "b"
+
+
+async def test_agents_of_one_name_refuse_each_other() -> None:
+    async with Agent("same", token=TOKEN) as a, Agent("same", token=TOKEN) as b:
+        with pytest.raises((ConfigurationError, PeerLost, PermissionError), match="same"):
+            await a.connect(await b.serve())
+
+
+async def test_an_agent_is_served_once() -> None:
+    async with Agent("a", token=TOKEN) as a:
+        await a.serve()
+        with pytest.raises(ConfigurationError, match="served at"):
+            await a.serve()
+
+
+async def test_an_address_that_is_taken_is_refused() -> None:
+    async with Agent("a", token=TOKEN) as a, Agent("b", token=TOKEN) as b:
+        host, port = await a.serve()
+        with pytest.raises(ConfigurationError, match=str(port)):
+            await b.serve(host, port)
+
+
+async def test_nobody_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    async with Agent("a", token=TOKEN) as a:
+        with pytest.raises(PeerLost, match=str(port)):
+            await a.connect(("127.0.0.1", port))
+        with pytest.raises(PeerLost):
+            await a.connect("name-that-does-not-exist.invalid:7000")
+
+
+async def test_what_is_advertised_is_what_the_metadata_says() -> None:
+    async with Agent("a", token=TOKEN) as a, Agent("b", token=TOKEN) as b:
+        _, port = await b.serve("0.0.0.0", advertise="localhost")
+        assert b.address == ("localhost", port)
+        assert (await a.add_peer(b.metadata())).name == "b"
+
+
+async def test_waiting_for_a_peer() -> None:
+    async with Agent("a", token=TOKEN) as a:
+        waits = [asyncio.create_task(a.wait_peer("b")) for _ in range(3)]
+        await asyncio.sleep(0)
+        waits[0].cancel()
+        async with Agent("b", token=TOKEN) as b:
+            await b.connect(await a.serve())
+            assert (await waits[1]) is (await waits[2]) is a.peer("b")
+    with pytest.raises(ClosedError):
+        await a.wait_peer("c")
+
+
+async def test_who_waits_for_a_peer_hears_that_the_agent_closed() -> None:
+    async with Agent("a", token=TOKEN) as a:
+        wait = asyncio.create_task(a.wait_peer("b"))
+        await asyncio.sleep(0)
+    with pytest.raises(ClosedError):
+        await wait
+
+
+async def test_events_tell_the_whole_story() -> None:
+    async with Agent("a", token=TOKEN) as a:
+        events = a.membership()
+        async with Agent("b", token=TOKEN) as b:
+            await connect(a, b)
+            async with await b.register(np.zeros(8, np.uint8), name="kv"):
+                await known(a, a.peer("b"), "kv")
+        told = [await anext(events) for _ in range(4)]
+        assert [(event.kind, event.peer) for event in told] == [
+            ("joined", "b"),
+            ("regions", "b"),
+            ("regions", "b"),
+            ("left", "b"),
+        ]
+        assert "left" in told[-1].reason
+    with pytest.raises(StopAsyncIteration):
+        await anext(events)
+
+
+async def test_disconnecting_is_told_to_both_and_can_be_undone() -> None:
+    async with two_agents() as (a, b, peer):
+        left = b.membership()
+        await a.disconnect(peer)
+        assert not peer.connected
+        assert (await anext(left)).kind == "left"
+        with pytest.raises(PeerLost):
+            await a.disconnect(peer)
+        again = await connect(a, b)
+        assert again is not peer
+        assert again.connected
+
+
+async def test_a_blob_of_another_life_is_refused() -> None:
+    async with Agent("a", token=TOKEN) as a:
+        async with Agent("b", token=TOKEN) as b:
+            host, port = await b.serve()
+            old = b.metadata()
+        async with Agent("b", token=TOKEN) as b:
+            await b.serve(host, port)
+            with pytest.raises(PeerLost, match="fetch the metadata again"):
+                await a.add_peer(old)
+            assert (await a.add_peer(b.metadata())).incarnation == b.incarnation
+
+
+async def test_ones_own_metadata_is_refused() -> None:
+    async with Agent("a", token=TOKEN) as a:
+        await a.serve()
+        with pytest.raises(ConfigurationError, match="own"):
+            await a.add_peer(a.metadata())
