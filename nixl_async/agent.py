@@ -333,7 +333,9 @@ class Agent:
         return await self._membership.serve(host, port, advertise)
 
     async def connect(self, address: str | tuple[str, int]) -> Peer:
-        """Connect to the agent served at "host:port" ("[::1]:port" for IPv6); return when each side knows the other's regions.
+        """Connect to the agent served at "host:port" ("[::1]:port" for IPv6); return when this side knows the peer's regions.
+
+        The peer learns of ours at about the same time; `await peer_agent.wait_peer(name)` there tells when.
 
         Connecting to an agent that is connected already returns the peer there is.
 

@@ -11,7 +11,7 @@ import enum
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -102,8 +102,11 @@ class Region:
             raise DescriptorError(f"offset is {offset}; it must not be negative")
         chosen = _integers("indices", indices)
         n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
-        _check_bounds("page index", chosen, n_pages, f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes")
-        return Descriptor.paged(self, chosen, page_nbytes, stride, offset)
+        allowed = f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes"
+        _check_bounds("page index", chosen, n_pages, allowed)
+        # 32 bits where they do: half the memory is half the page faults, which cost more than the copying.
+        narrow: Any = chosen.astype(np.int32 if n_pages < 1 << 31 else np.int64)
+        return Descriptor.paged(self, narrow, page_nbytes, stride, offset)
 
     def ranges(self, offsets: ArrayLike, nbytes: ArrayLike) -> Descriptor:
         """Describe the ranges of `nbytes[i]` bytes at `offsets[i]`; one integer for `nbytes` serves all of them.
@@ -166,16 +169,19 @@ class Descriptor:
         return made
 
     @classmethod
-    def paged(cls, region: Region, indices: Array, page_nbytes: int, stride_nbytes: int, offset: int) -> Descriptor:
-        """Describe pages whose bounds have been checked. Only the indices are copied; where they are is reckoned off the loop."""
+    def paged(
+        cls, region: Region, indices: NDArray[np.int32] | Array, page_nbytes: int, stride_nbytes: int, offset: int
+    ) -> Descriptor:
+        """Describe pages whose bounds have been checked, by an array of indices that nobody else changes.
+
+        Where the pages are is reckoned when it is needed, for long lists on a thread.
+        """
         n = len(indices)
         if n == 1:
             return cls.one(region, int(indices[0]) * stride_nbytes + offset, page_nbytes)
         made = cls.__new__(cls)
         made.region, made.first, made.nbytes = region, None, n * page_nbytes
-        # Every index is below the region's pages. Half the memory is half the page faults, which cost more than the copying.
-        made._indices = indices.astype(np.int32 if region.nbytes // stride_nbytes < 1 << 31 else np.int64)
-        made._stride, made._base = stride_nbytes, offset
+        made._indices, made._stride, made._base = indices, stride_nbytes, offset
         made._offsets, made._lengths = None, _repeated(page_nbytes, n)
         return made
 

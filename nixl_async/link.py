@@ -48,6 +48,8 @@ class Link(asyncio.Protocol):
         self.joined.add_done_callback(_consume)
         self.leaving = False
         self.superseded = False
+        self.told = False
+        """Whether our metadata was sent: from then on the other side must hear of every change to it."""
         self.closed = False
         self._owner = owner
         self._handshake = Handshake(greeting, token, connecting=connecting)

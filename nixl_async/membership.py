@@ -169,17 +169,17 @@ class Membership:
     # Changing.
 
     def publish(self, region: MemoryRegion) -> None:
-        """Tell every linked peer about a region."""
+        """Tell a region to everyone who was sent the metadata, peers that are still joining included."""
         self.regions[region.name] = region
         frame = encode_json(FrameType.REGIONS, {"added": describe_regions([region])})
-        for peer in self.peers.values():
-            if peer.link is not None:
-                peer.link.send(frame)
+        for link in self._links:
+            if link.told:
+                link.send(frame)
 
     async def withdraw(self, region: MemoryRegion) -> None:
-        """Take a region back: wait until every linked peer says that none of its transfers touches it."""
+        """Take a region back: wait until everyone who was told of it says that none of their transfers touches it."""
         self.regions.pop(region.name, None)
-        links = [peer.link for peer in self.peers.values() if peer.link is not None]
+        links = [link for link in self._links if link.told]
         await asyncio.gather(*(self._ask(link, FrameType.WITHDRAW, name=region.name) for link in links))
 
     async def notify(self, name: str, payload: bytes) -> None:
@@ -268,6 +268,7 @@ class Membership:
             self._yield_to(link, known)
             return
         link.send(encode_frame(FrameType.METADATA, self.metadata()))
+        link.told = True
 
     def link_frame(self, link: Link, kind: FrameType, payload: bytes) -> None:
         """Act on a frame of an authenticated link; see `LinkOwner`."""

@@ -124,6 +124,8 @@ async def test_timeout_surfaces_as_timeout(pair: Pair) -> None:
     assert (await pair.a.transfer(pair.kv, pair.remote)).nbytes == NBYTES
 
 
+# Debug mode keeps a traceback for each of the tasks, which would hold the loop for longer than a test may.
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_ten_thousand_at_once(pair: Pair) -> None:
     jobs = [pair.a.transfer(pair.kv[i * 64 : i * 64 + 64], pair.remote[i * 64 : i * 64 + 64]) for i in range(10000)]
     await asyncio.gather(*jobs)

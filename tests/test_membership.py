@@ -127,6 +127,19 @@ async def test_events_tell_the_whole_story() -> None:
         await anext(events)
 
 
+async def test_what_is_registered_while_a_peer_joins_is_not_lost() -> None:
+    for _ in range(20):
+        async with Agent("a", token=TOKEN, backends=["memory"]) as a, Agent("b", token=TOKEN, backends=["memory"]) as b:
+            address = await b.serve()
+            joining = asyncio.create_task(a.connect(address))
+            names = []
+            while not joining.done():
+                names.append((await b.register(np.zeros(8, np.uint8))).name)
+                await asyncio.sleep(0)
+            for name in names:
+                await known(a, joining.result(), name)
+
+
 async def test_disconnecting_is_told_to_both_and_can_be_undone() -> None:
     async with two_agents() as (a, b, peer):
         left = b.membership()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import numpy as np
@@ -100,7 +101,8 @@ async def test_partial_and_incremental_metadata() -> None:
         assert set(peer.regions) == {"first", "second"}
         events = a.membership()
         await b.register(np.zeros(4096, np.uint8), name="third")
-        event = await anext(events)
+        async with asyncio.timeout(10):
+            event = await anext(events)
         assert (event.kind, set(peer.regions)) == ("regions", {"first", "second", "third"})
 
 
