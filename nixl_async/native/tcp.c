@@ -68,13 +68,19 @@ static void tcp_unref(nx_tcp_stream *stream) {
     free(stream);
 }
 
+/* Express streams have a list of their own: their owner's thread may end them while the loop's walks through the other. */
+static nx_tcp_stream **tcp_list(nx_tcp_stream *stream) {
+    return stream->express >= 0 ? &stream->loop->express : &stream->loop->streams;
+}
+
 static int tcp_add(nx_tcp_stream *stream) {
     tcp_loop *loop = stream->loop;
+    nx_tcp_stream **list = tcp_list(stream);
     pthread_mutex_lock(&loop->lock);
-    stream->next = loop->streams;
+    stream->next = *list;
     if (stream->next)
         stream->next->previous = stream;
-    loop->streams = stream;
+    *list = stream;
     pthread_mutex_unlock(&loop->lock);
     if (stream->express >= 0)
         return 0;
@@ -89,7 +95,7 @@ static void tcp_fail(nx_tcp_stream *stream, tcp_frame *frame, int64_t status) {
     tcp_free(engine, frame);
 }
 
-/* Closes a stream and fails what it carries; runs on its loop's thread with the stream's lock held. */
+/* Closes a stream and fails what it carries; runs on its loop's thread, an express one's owner's too; the stream's lock is held. */
 static void tcp_end(nx_tcp_stream *stream, int status) {
     tcp_loop *loop = stream->loop;
     nx_tcp *engine = loop->engine;
@@ -127,7 +133,7 @@ static void tcp_end(nx_tcp_stream *stream, int status) {
     if (stream->previous)
         stream->previous->next = stream->next;
     else
-        loop->streams = stream->next;
+        *tcp_list(stream) = stream->next;
     /* Freed after the round: the ready list may still hold it. */
     stream->next = loop->ended;
     loop->ended = stream;
@@ -335,6 +341,18 @@ static void tcp_accept(nx_tcp *engine, int listener) {
     }
 }
 
+static void tcp_free_ended(tcp_loop *loop) {
+    pthread_mutex_lock(&loop->lock);
+    nx_tcp_stream *stream = loop->ended;
+    loop->ended = NULL;
+    pthread_mutex_unlock(&loop->lock);
+    while (stream) {
+        nx_tcp_stream *next = stream->next;
+        tcp_unref(stream);
+        stream = next;
+    }
+}
+
 static void tcp_sweep(tcp_loop *loop) {
     int64_t now = tcp_clock();
     nx_tcp_stream *next;
@@ -404,11 +422,8 @@ static void *tcp_run(void *argument) {
         }
         if (strangers && n == 0)
             tcp_sweep(loop);
-        while (!loop->ready && loop->ended) {
-            nx_tcp_stream *stream = loop->ended;
-            loop->ended = stream->next;
-            tcp_unref(stream);
-        }
+        if (!loop->ready)
+            tcp_free_ended(loop);
     }
 }
 
@@ -429,8 +444,8 @@ void nx_tcp_close(nx_tcp *engine) {
     }
     for (int i = 0; i < engine->n_loops; i++) {
         tcp_loop *loop = &engine->loops[i];
-        while (loop->streams) {
-            nx_tcp_stream *stream = loop->streams;
+        while (loop->streams || loop->express) {
+            nx_tcp_stream *stream = loop->streams ? loop->streams : loop->express;
             pthread_mutex_lock(&stream->lock);
             tcp_end(stream, 0);
             pthread_mutex_unlock(&stream->lock);
@@ -440,11 +455,7 @@ void nx_tcp_close(nx_tcp *engine) {
             loop->first = command->next;
             tcp_obey(loop, command);
         }
-        while (loop->ended) {
-            nx_tcp_stream *stream = loop->ended;
-            loop->ended = stream->next;
-            tcp_unref(stream);
-        }
+        tcp_free_ended(loop);
         if (loop->epoll_fd >= 0)
             close(loop->epoll_fd);
         if (loop->wake_fd >= 0)

@@ -127,7 +127,7 @@ struct tcp_loop {
     pthread_mutex_t lock;
     int epoll_fd, wake_fd, started, sleeping, stop;
     tcp_command *first, **end;
-    nx_tcp_stream *streams, *ready, *ended;
+    nx_tcp_stream *streams, *express, *ready, *ended; /* all but `ready`, which is the thread's alone, under `lock` */
 };
 
 typedef struct {

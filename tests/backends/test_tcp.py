@@ -108,3 +108,14 @@ async def test_many_segments_of_all_sizes() -> None:
         result = await near.transfer(remote.ranges(starts, lengths), here.ranges(starts, lengths))
         assert result.nbytes == 32 << 20
         assert_same(got, await asyncio.to_thread(pattern, 32 << 20, 1))
+
+
+async def test_peers_that_part_at_once_leave_no_connection() -> None:
+    """Each end closes bulk streams on native threads and its express one on this thread, in the same instant."""
+    for _ in range(50):
+        a, b = await _opened("a"), await _opened("b")
+        for one, other in ((a, b), (b, a)):
+            name = "b" if other is b else "a"
+            await one.connect(PeerInfo(name, "1", other.describe(), "127.0.0.1"))
+        await asyncio.gather(a.disconnect("b"), b.disconnect("a"))
+        await asyncio.gather(a.aclose(), b.aclose())
