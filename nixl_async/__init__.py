@@ -5,7 +5,7 @@ contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wi
 `notifications`, `metadata` (who is there) · `handle`, `agent` (what callers hold) · `testing` (conformance suite) · `cli`, `demo`.
 """
 
-from nixl_async.agent import Agent, Explanation, Statistics
+from nixl_async.agent import Agent, Statistics
 from nixl_async.backend import Backend, Limits, Op, load_backend
 from nixl_async.descriptors import BlockLayout, Descriptor, MemoryKind
 from nixl_async.errors import (
@@ -31,6 +31,7 @@ from nixl_async.handle import Part, PreparedTransfer, Transfer
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Notification
 from nixl_async.peers import MembershipEvent, Peer
+from nixl_async.routing import Explanation
 from nixl_async.transfer import TransferResult, TransferState
 
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ from nixl_async.transfer import TransferRecord, TransferResult, TransferState
 if TYPE_CHECKING:
     from nixl_async.agent import Agent
     from nixl_async.descriptors import Plan
+    from nixl_async.dispatch import Dispatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,10 @@ class Transfer:
     Cancelling a task that awaits it cancels the transfer (`asyncio.shield` prevents that).
     """
 
-    __slots__ = ("__weakref__", "_agent", "_done", "_left", "_ready", "_record", "_waiters", "_watchers", "notify")
+    __slots__ = ("__weakref__", "_dispatcher", "_done", "_left", "_ready", "_record", "_waiters", "_watchers", "notify")
 
-    def __init__(self, agent: Agent, record: TransferRecord, notify: bytes | None) -> None:
-        self._agent = agent
+    def __init__(self, dispatcher: Dispatcher, record: TransferRecord, notify: bytes | None) -> None:
+        self._dispatcher = dispatcher
         self._record = record
         self.notify = notify
         self._done = False
@@ -90,7 +91,7 @@ class Transfer:
         """Ask for cancellation; return False if the outcome is decided already. Await the transfer to know it is quiet."""
         if self.state not in (TransferState.QUEUED, TransferState.ACTIVE):
             return False
-        self._agent._cancel(self._record.id)
+        self._dispatcher.cancel(self._record.id)
         return True
 
     def exception(self) -> BaseException | None:
@@ -164,7 +165,7 @@ class Transfer:
         await self._wake_up(self._waiters)
 
     async def _wake_up(self, waiters: list[asyncio.Future[None]]) -> None:
-        waiter = self._agent._loop.create_future()
+        waiter = self._dispatcher.loop.create_future()
         waiters.append(waiter)
         try:
             await waiter
@@ -228,6 +229,12 @@ class PreparedTransfer:
     def nbytes(self) -> int:
         """The bytes each sending moves."""
         return self.plan.nbytes
+
+    def check_usable(self) -> None:
+        """Raise unless every region that it touches can still be used."""
+        for side in (self.plan.src, self.plan.dst):
+            for region in side.regions:
+                region.check_usable()
 
     async def transfer(self, *, notify: bytes | None = None, priority: int = 0) -> TransferResult:
         """Send it and wait until every byte is in place; see `Agent.transfer`."""

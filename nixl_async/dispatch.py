@@ -1,0 +1,306 @@
+"""Carries out what the scheduler decides: the asyncio shell around it.
+
+`Start` becomes a task that awaits a backend, a task's end an event, `Finish` a resolved `Transfer`. Small copies that nothing
+waits for are made at once, without the scheduler or a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from nixl_async.backend import Backend, Begun, Op, quiesce
+from nixl_async.descriptors import Plan
+from nixl_async.errors import BackendError, NixlError, PeerLost, Quarantined, TransferError
+from nixl_async.handle import PreparedTransfer, Transfer
+from nixl_async.membership import Membership
+from nixl_async.memory import MemoryRegion
+from nixl_async.scheduler import Action, Finish, Scheduler, Start, Stop
+from nixl_async.transfer import TransferRecord, TransferResult, TransferState
+
+logger = logging.getLogger("nixl_async.agent")
+
+INLINE_BUDGET_NS = 400_000
+"""How long one loop iteration may spend on copies made at once."""
+ALWAYS_INLINE_NBYTES = 16 << 10
+"""Copies up to this size cost the loop less than queueing them would, unless the last one took `QUEUEING_NS`."""
+QUEUEING_NS = 25_000
+
+
+class Dispatcher:
+    """Runs the transfers of the agent `name` on `loop`; `counts` are the ended ones, `nbytes` the bytes by backend."""
+
+    def __init__(
+        self, name: str, loop: asyncio.AbstractEventLoop, backends: Mapping[str, Backend], membership: Membership
+    ) -> None:
+        self._name = name
+        self.loop = loop
+        self._backends = backends
+        self._membership = membership
+        self._scheduler = Scheduler({name: backend.limits for name, backend in backends.items()})
+        self.transfers: dict[int, Transfer] = {}
+        self.counts = {"done": 0, "failed": 0, "cancelled": 0, "inline": 0}
+        self.nbytes: dict[str, int] = {}
+        self._transfer_ids = itertools.count(1)
+        self._ops: dict[int, asyncio.Task[None]] = {}
+        self._quiet: list[asyncio.Future[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._notifying: set[asyncio.Task[None]] = set()
+        self._dispatching = False
+        # The time that copies made at once took in this loop iteration, and the task that made the first of them.
+        self._inline_ns = 0
+        self._inline_task: asyncio.Task[Any] | None = None
+        self._inline_last_ns = 0
+        self._begun: set[Begun] = set()
+
+    async def drain(self) -> None:
+        """Cancel what is in flight and wait until nothing moves."""
+        for transfer_id in list(self.transfers):
+            self.cancel(transfer_id)
+        for begun in self._begun:
+            begun.stop()
+        while self.transfers:
+            await asyncio.gather(*(_settled(transfer) for transfer in list(self.transfers.values())))
+        while self._begun:
+            await asyncio.wait([begun.future for begun in self._begun])
+            await asyncio.sleep(0)
+        for task in list(self._notifying):
+            task.cancel()
+
+    def close(self) -> None:
+        """Stop the clock; say what was never quiet."""
+        stuck = [task for task in self._ops.values() if not task.done()]
+        if stuck:
+            logger.error("agent %s closes with %d quarantined ops; their memory stays registered", self._name, len(stuck))
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def transfer(self, prepared: PreparedTransfer, notify: bytes | None, priority: int) -> TransferResult:
+        """Copy at once what is small and waits for nothing; submit what is not; see `Agent.transfer`."""
+        if self._inline_ns >= INLINE_BUDGET_NS and asyncio.current_task() is self._inline_task:
+            # A task that only makes small copies would never let the loop run; many tasks that make one each do.
+            await asyncio.sleep(0)
+            prepared.check_usable()
+        result = self._try_inline(prepared)
+        if result is None:
+            return await self.submit(prepared, notify, priority)
+        if isinstance(result, Begun):
+            result = await self._finish_begun(prepared, result)
+        if notify is not None:
+            payload, target = check_payload(notify), _target(prepared.plan, self._name)
+            if not self._membership.notify_nowait(target, payload):
+                await self._membership.notify(target, payload)
+        return result
+
+    async def _finish_begun(self, prepared: PreparedTransfer, begun: Begun) -> TransferResult:
+        plan, route = prepared.plan, prepared.routes[0]
+        started = self.loop.time()
+        self._begun.add(begun)
+        for side in (plan.src, plan.dst):
+            for region in side.regions:
+                region.hold()
+        ended = "failed"
+        try:
+            await quiesce(begun.future, begun.stop)
+            ended = "done"
+        except asyncio.CancelledError:
+            ended = "cancelled"
+            raise
+        finally:
+            self.counts[ended] += 1
+            self._begun.discard(begun)
+            for side in (plan.src, plan.dst):
+                for region in side.regions:
+                    region.release()
+        self.nbytes[route] = self.nbytes.get(route, 0) + plan.nbytes
+        return TransferResult(plan.nbytes, self.loop.time() - started, 0.0, 1, route)
+
+    def _try_inline(self, prepared: PreparedTransfer) -> TransferResult | Begun | None:
+        if len(prepared.pieces) != 1:
+            return None
+        plan, route = prepared.plan, prepared.routes[0]
+        backend = self._backends[route]
+        if plan.nbytes > backend.limits.inline_nbytes:
+            return None
+        expensive = plan.nbytes > ALWAYS_INLINE_NBYTES or self._inline_last_ns > QUEUEING_NS
+        if expensive and self._inline_ns >= INLINE_BUDGET_NS:
+            return None
+        peer = plan.dst.peer or plan.src.peer
+        if not self._scheduler.idle(route, peer):
+            return None
+        started = time.perf_counter_ns()
+        copied = backend.copy_now(Op(0, plan, peer, plan.dst.peer is not None))
+        if copied is False:
+            return None
+        spent = time.perf_counter_ns() - started
+        if self._inline_ns == 0:
+            self._inline_task = asyncio.current_task()
+            self.loop.call_soon(self._reset_inline)
+        self._inline_ns += spent + 10_000
+        self._inline_last_ns = spent
+        if isinstance(copied, Begun):
+            return copied
+        self.counts["inline"] += 1
+        self.counts["done"] += 1
+        self.nbytes[route] = self.nbytes.get(route, 0) + plan.nbytes
+        return TransferResult(plan.nbytes, spent * 1e-9, 0.0, 1, route)
+
+    def _reset_inline(self) -> None:
+        self._inline_ns = 0
+        self._inline_task = None
+
+    def submit(self, prepared: PreparedTransfer, notify: bytes | None, priority: int) -> Transfer:
+        """Hand a transfer to the scheduler, which starts it at the end of this loop iteration."""
+        payload = None if notify is None else check_payload(notify)
+        plan = prepared.plan
+        record = TransferRecord(
+            next(self._transfer_ids),
+            plan,
+            prepared.pieces,
+            prepared.routes,
+            plan.dst.peer or plan.src.peer,
+            plan.dst.peer is not None,
+            priority,
+        )
+        transfer = Transfer(self, record, payload)
+        self.transfers[record.id] = transfer
+        for side in (plan.src, plan.dst):
+            for region in side.regions:
+                region.hold()
+        if actions := self._scheduler.submit(record, self.loop.time(), start=False):
+            self._carry_out(actions)
+        if not self._dispatching:
+            # At the end of the iteration, so that what is submitted together is batched together.
+            self._dispatching = True
+            self.loop.call_soon(self._dispatch)
+        return transfer
+
+    def _dispatch(self) -> None:
+        self._dispatching = False
+        self._carry_out(self._scheduler.dispatch(self.loop.time()))
+
+    def cancel(self, transfer_id: int) -> None:
+        """Cancel a transfer; it resolves when its ops are quiet."""
+        self._carry_out(self._scheduler.cancel(transfer_id, self.loop.time()))
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Start(name, op):
+                    task = self.loop.create_task(self._backends[name].copy(op))
+                    self._ops[op.id] = task
+                    task.add_done_callback(partial(self._op_ended, name, op))
+                case Stop(op_id):
+                    if (running := self._ops.get(op_id)) is not None:
+                        running.cancel()
+                case Finish(record):
+                    self._finish(record)
+        wakeup = self._scheduler.next_wakeup()
+        if wakeup is not None and (self._timer is None or self._timer.cancelled() or self._timer.when() > wakeup):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(wakeup, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._carry_out(self._scheduler.tick(self.loop.time()))
+
+    def _op_ended(self, name: str, op: Op, task: asyncio.Task[None]) -> None:
+        del self._ops[op.id]
+        now = self.loop.time()
+        if task.cancelled():
+            error: BaseException | None = BackendError(f"{name}: the op was cancelled", backend=name, peer=op.peer)
+        else:
+            error = task.exception()
+        if error is None:
+            self.nbytes[name] = self.nbytes.get(name, 0) + op.nbytes
+            for transfer_id, start, nbytes in op.parts:
+                if (transfer := self.transfers.get(transfer_id)) is not None:
+                    transfer._progress(start, nbytes)
+            self._carry_out(self._scheduler.op_done(op.id, now))
+        else:
+            if not isinstance(error, NixlError):
+                wrapped = BackendError(f"{name}: {type(error).__name__}: {error}", backend=name, peer=op.peer)
+                wrapped.__cause__ = error
+                error = wrapped
+            self._carry_out(self._scheduler.op_failed(op.id, error, now))
+
+    def _finish(self, record: TransferRecord) -> None:
+        transfer = self.transfers[record.id]
+        error = record.error
+        if isinstance(error, TransferError):
+            error.transfer_id = error.transfer_id or record.id
+            error.peer = error.peer or record.peer
+            error.history = record.history
+        quarantined = isinstance(error, Quarantined)
+        for side in (record.plan.src, record.plan.dst):
+            for region in side.regions:
+                if quarantined and isinstance(region, MemoryRegion):
+                    region.quarantined = True
+                else:
+                    region.release()
+        if record.state is TransferState.DONE:
+            self.counts["done"] += 1
+            if transfer.notify is not None:
+                target = _target(record.plan, self._name)
+                if not self._membership.notify_nowait(target, transfer.notify):
+                    task = self.loop.create_task(self._notify_then_resolve(transfer, target, transfer.notify))
+                    self._notifying.add(task)
+                    task.add_done_callback(self._notifying.discard)
+                    return
+        else:
+            self.counts["failed" if record.state is TransferState.FAILED else "cancelled"] += 1
+        self._resolve(transfer)
+
+    async def _notify_then_resolve(self, transfer: Transfer, target: str, payload: bytes) -> None:
+        try:
+            await self._membership.notify(target, payload)
+        except NixlError as error:
+            transfer._record.error = error
+        finally:
+            self._resolve(transfer)
+
+    def _resolve(self, transfer: Transfer) -> None:
+        del self.transfers[transfer.id]
+        transfer._resolve()
+        self._tell_quiet()
+
+    # What the membership reports.
+
+    def peer_gone(self, name: str, error: PeerLost) -> None:
+        """Fail every transfer with a peer."""
+        self._carry_out(self._scheduler.peer_lost(name, error, self.loop.time()))
+
+    async def peer_quiet(self, name: str) -> None:
+        """Wait until no transfer with a peer is left."""
+        while any(transfer._record.peer == name for transfer in self.transfers.values()):
+            waiter = self.loop.create_future()
+            self._quiet.append(waiter)
+            await waiter
+
+    def _tell_quiet(self) -> None:
+        waiting, self._quiet = self._quiet, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+async def _settled(transfer: Transfer) -> None:
+    while not transfer.done():
+        await transfer._end()
+
+
+def _target(plan: Plan, own: str) -> str:
+    return plan.dst.peer or plan.src.peer or own
+
+
+def check_payload(payload: bytes) -> bytes:
+    """Return a notification's payload as bytes."""
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        raise TypeError(f"a notification is bytes, not {type(payload).__name__}")
+    return bytes(payload)

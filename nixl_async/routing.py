@@ -1,0 +1,86 @@
+"""Which backend moves what: by the agent's order of preference, what each backend refuses, and what each peer has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nixl_async.backend import Backend
+from nixl_async.descriptors import Plan, Region
+from nixl_async.errors import NoRoute
+from nixl_async.membership import Membership
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Which backend would move bytes between two places, and why the others would not."""
+
+    route: str | None
+    routes: tuple[str, ...]
+    refusals: dict[str, str]
+    segments: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        chosen = f"by {self.route}" if self.route else "no route"
+        lines = [f"{self.nbytes} bytes in {self.segments} segments: {chosen}"]
+        lines += [f"  {name}: next in line" for name in self.routes[1:]]
+        lines += [f"  {name}: no: {why}" for name, why in self.refusals.items()]
+        return "\n".join(lines)
+
+
+class Router:
+    """Chooses among `backends`, the preferred first; `unavailable` says why others are not there."""
+
+    def __init__(self, backends: Mapping[str, Backend], unavailable: Mapping[str, str], membership: Membership) -> None:
+        self.backends = backends
+        self.unavailable = unavailable
+        self._membership = membership
+        # The last route found: regions of both sides, the peer's backends then, and the backends that can copy between them.
+        self._routed: tuple[tuple[tuple[Region, ...], tuple[Region, ...]], frozenset[str], tuple[str, ...]] | None = None
+
+    def explain(self, plan: Plan, forced: str | None = None) -> Explanation:
+        """Ask every backend; `forced` refuses all but one."""
+        refusals = dict(self.unavailable)
+        if plan.src.peer is not None and plan.dst.peer is not None:
+            both = f"both sides are peers' ({plan.src.peer!r}, {plan.dst.peer!r}); one side must be this agent's"
+            return Explanation(None, (), dict.fromkeys(self.backends, both), len(plan.lengths), plan.nbytes)
+        name = plan.dst.peer if plan.dst.peer is not None else plan.src.peer
+        peer = None if name is None else self._membership.get(name)
+        routes: list[str] = []
+        for backend in self.backends.values():
+            if peer is not None and backend.name not in peer.backends:
+                why: str | None = peer.refusals.get(backend.name, "it reaches no peers")
+            else:
+                why = backend.refusal(plan.src, plan.dst)
+            if why is None and forced in (None, backend.name):
+                routes.append(backend.name)
+            else:
+                refusals[backend.name] = why or f"backend={forced!r} was asked for"
+        return Explanation(routes[0] if routes else None, tuple(routes), refusals, len(plan.lengths), plan.nbytes)
+
+    def routes(self, plan: Plan, forced: str | None) -> tuple[str, ...]:
+        """Return the backends that can copy a plan, the preferred first.
+
+        Raises:
+            NoRoute: there are none; the message has each one's reason.
+        """
+        peer = self._membership.peers.get(plan.dst.peer or plan.src.peer or "")
+        if forced is None and peer is not None and (plan.src.peer is None or plan.dst.peer is None):
+            routed = self._routed
+            if routed is not None and routed[0] == (plan.src.regions, plan.dst.regions) and routed[1] == peer.backends:
+                return routed[2]
+            found = tuple(
+                name
+                for name, one in self.backends.items()
+                if name in peer.backends and one.refusal(plan.src, plan.dst) is None
+            )
+            if found:
+                self._routed = (plan.src.regions, plan.dst.regions), frozenset(peer.backends), found
+                return found
+        explained = self.explain(plan, forced)
+        if not explained.routes:
+            why = "; ".join(f"{name}: {reason}" for name, reason in explained.refusals.items())
+            places = f"from {plan.src.regions[0]!r} to {plan.dst.regions[0]!r}"
+            raise NoRoute(f"no backend can copy {places}: {why}", explained.refusals)
+        return explained.routes

@@ -1,0 +1,55 @@
+"""Which backend moves what: preference, force, refusals with reasons, and that a changed peer is asked again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nixl_async import ConfigurationError, NoRoute
+from tests.agents import known, two_agents
+
+
+async def test_the_preferred_backend_is_the_route_and_the_others_follow() -> None:
+    async with two_agents(backends=["samehost", "tcp"]) as (a, b, peer):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        explained = a.explain(here, peer.region("kv"))
+        assert (explained.route, explained.routes, explained.refusals) == ("samehost", ("samehost", "tcp"), {})
+        assert (explained.nbytes, explained.segments) == (4096, 1)
+        assert "by samehost" in str(explained)
+        assert "tcp: next in line" in str(explained)
+        assert (await a.transfer(here, peer.region("kv"))).route == "samehost"
+        assert (await a.transfer(here, peer.region("kv"), backend="tcp")).route == "tcp"
+        assert (await a.transfer(here, peer.region("kv"))).route == "samehost"
+
+
+async def test_refusals_say_why() -> None:
+    async with two_agents(backends=["memory", "tcp"]) as (a, b, peer):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        local = a.explain(here[0:10], here[10:20])
+        assert local.route == "memory"
+        assert "a peer only" in local.refusals["tcp"]
+        between = a.explain(peer.region("kv"), peer.region("kv"))
+        assert between.route is None
+        assert "one side must be this agent's" in str(between)
+        with pytest.raises(NoRoute, match=r"tcp: .*a peer only") as caught:
+            await a.transfer(here[0:10], here[10:20], backend="tcp")
+        assert set(caught.value.refusals) == {"memory", "tcp"}
+        with pytest.raises(ConfigurationError, match="no backend 'fax'; it has memory, tcp"):
+            await a.transfer(here[0:10], here[10:20], backend="fax")
+
+
+async def test_what_the_peer_no_longer_has_is_not_chosen_again() -> None:
+    async with two_agents(backends=["samehost", "tcp"]) as (a, b, peer):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        assert (await a.transfer(here, peer.region("kv"))).route == "samehost"
+        peer.backends.discard("samehost")
+        peer.refusals["samehost"] = "it went away"
+        assert (await a.transfer(here, peer.region("kv"))).route == "tcp"
+        assert a.explain(here, peer.region("kv")).refusals == {"samehost": "it went away"}
+        peer.backends.add("samehost")
