@@ -222,8 +222,8 @@ def map_errors(
 BUILT_IN = {
     "memory": "nixl_async.backends.memory:MemoryBackend",
     "samehost": "nixl_async.backends.samehost:SameHostBackend",
-    "ucx": "nixl_async.backends.ucx:UCXBackend",
     "tcp": "nixl_async.backends.tcp:TCPBackend",
+    "ucx": "nixl_async.backends.ucx:UCXBackend",
 }
 
 

@@ -161,6 +161,7 @@ def version() -> None:
 def backends() -> None:
     """List the backends, whether each can be used here, and its limits."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from nixl_async.backend import BUILT_IN, load_backend
@@ -171,7 +172,7 @@ def backends() -> None:
         try:
             found = load_backend(name)
         except NixlError as error:
-            table.add_row(name, f"no: {error}", "", "", "")
+            table.add_row(name, escape(f"no: {error}"), "", "", "")
             continue
         limits = found.limits
         table.add_row(name, "yes", str(found.rank), str(limits.max_ops), f"{limits.max_op_nbytes >> 10} KiB")
@@ -182,27 +183,31 @@ def backends() -> None:
 @app.command("self-test")
 def self_test() -> None:
     """Move a small KV cache between two processes by every backend that can, and check every byte."""
-    from nixl_async.backend import BUILT_IN
+    from nixl_async.backend import BUILT_IN, load_backend
     from nixl_async.demo.job import Job
     from nixl_async.demo.run import DemoFailed, run_job
-    from nixl_async.errors import NixlError
+    from nixl_async.errors import MissingDependency, NixlError
 
     job = Job("llama-3.1-8b", 64, 16, 8, 0.0)
 
     async def work() -> int:
-        failed = 0
+        passed = failed = 0
         for name in BUILT_IN:
             try:
                 if name == IN_PROCESS:
                     continue
+                load_backend(name)
                 result = await run_job(job, [name])
                 ok = result["verified"] and result["route"] == name
                 print(f"{name}: {'ok' if ok else 'FAILED'}, {result['bytes']} bytes checked")
+                passed += ok
                 failed += not ok
+            except MissingDependency as error:
+                print(f"{name}: not here: {error}")
             except (DemoFailed, NixlError) as error:
                 print(f"{name}: FAILED: {error}")
                 failed += 1
-        return failed
+        return failed or not passed
 
     if _run(work):
         raise typer.Exit(1)

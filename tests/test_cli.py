@@ -150,7 +150,7 @@ async def test_a_side_that_is_killed_is_reported_by_the_other_in_under_a_second(
 def test_the_self_test_names_every_backend_it_tried() -> None:
     ran = command("self-test")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert [line.partition(":")[0] for line in ran.stdout.splitlines()] == ["samehost", "ucx", "tcp"]
+    assert [line.partition(":")[0] for line in ran.stdout.splitlines()] == ["samehost", "tcp", "ucx"]
     assert ran.stdout.count(": ok") == 3
 
 
@@ -159,6 +159,27 @@ def test_backends_are_listed_with_their_limits() -> None:
     assert ran.returncode == 0
     for name in ("memory", "samehost", "tcp", "ucx"):
         assert name in ran.stdout
+
+
+def test_the_demo_does_not_mistake_a_checkout_around_it_for_itself(tmp_path: Path) -> None:
+    """A plain `pip install .` leaves the checkout, which has no compiled module, in the working directory."""
+    (tmp_path / "nixl_async").mkdir()
+    (tmp_path / "nixl_async/__init__.py").write_text("raise SystemExit('the wrong package')")
+    whole = [sys.executable, "-P", "-m", "nixl_async", "demo", *SMALL, "--format", "json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(whole, capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["verified"] is True
+
+
+def test_what_a_missing_backend_needs_is_named_whole(tmp_path: Path) -> None:
+    (tmp_path / "ucxx.py").write_text("raise ModuleNotFoundError('hidden by the test')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for arguments in (["backends"], ["self-test"]):
+        whole = [sys.executable, "-P", "-m", "nixl_async", *arguments]
+        ran = subprocess.run(whole, capture_output=True, text=True, timeout=110, check=False, env=environment, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        assert "pip install 'nixl-async[ucx-cu12]'" in ran.stdout
 
 
 def test_versions_are_listed() -> None:

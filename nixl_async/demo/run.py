@@ -19,7 +19,9 @@ from nixl_async.errors import ConfigurationError
 LEAVE_SECONDS = 0.7
 REASON_SECONDS = 1.0
 LINE_NBYTES = 64 << 20
-PROGRAMS = ("-m", "nixl_async.demo")
+# -P: a checkout in the working directory must not take the place of the package that is running.
+PROGRAM = ("-P", "-m", "nixl_async.demo")
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 class DemoFailed(RuntimeError):
@@ -91,7 +93,8 @@ async def run_job(
         DemoFailed: a process died, or bytes arrived wrong.
     """
     common = {**job.as_dict(), "backends": backends, "token": secrets.token_hex(16)}
-    return summarise(job, await run_sides([sys.executable, *PROGRAMS], {}, common, on_event))
+    path = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return summarise(job, await run_sides([sys.executable, *PROGRAM], {"PYTHONPATH": path}, common, on_event))
 
 
 async def run_sides(

@@ -192,7 +192,11 @@ def _first_line() -> bytes:
 
 def main(role: str) -> int:
     """Run one side as a process of its own; the setup is the first line of standard input."""
-    setup = json.loads(_first_line())
+    line = _first_line()
+    if not line.endswith(b"\n"):
+        # Whoever started us went away before there was work.
+        return 1
+    setup = json.loads(line)
     selector = TimedSelector()
     side = {"prefill": prefill, "decode": decode}[role]
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
