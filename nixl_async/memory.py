@@ -39,10 +39,12 @@ def open_buffer(obj: Any) -> Buffer:
     Raises:
         RegistrationError: `obj` shows no bytes, is not C-contiguous, or has none.
     """
-    if hasattr(obj, "__cuda_array_interface__"):
-        buffer = _cuda_buffer(obj)
-    else:
-        buffer = _host_buffer(obj)
+    try:
+        on_cuda = hasattr(obj, "__cuda_array_interface__")
+    except RuntimeError as error:
+        # torch's way to say that a CUDA tensor requires grad, or is sparse.
+        raise RegistrationError(f"{_what(obj)} does not show its bytes: {error}") from error
+    buffer = _cuda_buffer(obj) if on_cuda else _host_buffer(obj)
     if buffer.nbytes == 0:
         raise RegistrationError(f"{_what(obj)} has no bytes; register memory of at least one byte")
     return buffer
@@ -85,7 +87,10 @@ def _host_buffer(obj: Any) -> Buffer:
         flat = np.frombuffer(view, np.uint8)
         return Buffer(flat.ctypes.data, view.nbytes, MemoryKind.DRAM, 0, view.readonly, flat)
     if hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__"):
-        device_type, device = obj.__dlpack_device__()
+        try:
+            device_type, device = obj.__dlpack_device__()
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise RegistrationError(f"{_what(obj)} does not show its bytes through DLPack: {error}") from error
         if int(device_type) != 1:
             raise RegistrationError(
                 f"{_what(obj)} is on DLPack device {int(device_type)}:{device}; only CPU memory is taken through DLPack,"

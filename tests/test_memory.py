@@ -6,7 +6,9 @@ import ctypes
 import gc
 import mmap
 import os
+import subprocess
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from nixl_async.descriptors import MemoryKind
 from nixl_async.errors import ClosedError, DescriptorError, NixlError, PeerLost, RegistrationError
 from nixl_async.memory import Buffer, MemoryRegion, RemoteRegion, open_buffer
+from tests.agents import ROOT
 
 
 def content(buffer: Buffer) -> bytes:
@@ -279,3 +282,37 @@ def test_a_remote_region_says_why_it_is_gone() -> None:
 def test_a_remote_region_that_cannot_be_is_refused(address: int, nbytes: int) -> None:
     with pytest.raises((DescriptorError, NixlError)):
         RemoteRegion("decode", "1", "kv", address, nbytes)
+
+
+@pytest.mark.nixl
+def test_torch_tensors() -> None:
+    """In the environment of NIXL's wheel, which needs torch: it is too large for the library's own."""
+    python = os.environ.get("NIXL_ASYNC_NIXL_PYTHON") or str(ROOT / ".nixl-env/bin/python")
+    if not Path(python).exists():
+        pytest.skip("no environment with torch: .ci/test makes it")
+    program = """
+import torch
+from nixl_async.errors import RegistrationError
+from nixl_async.memory import open_buffer
+
+for dtype in (torch.uint8, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64):
+    tensor = torch.ones((3, 5), dtype=dtype)
+    buffer = open_buffer(tensor)
+    assert (buffer.address, buffer.nbytes) == (tensor.data_ptr(), 15 * tensor.element_size()), dtype
+    assert not buffer.readonly, dtype
+tensor = torch.arange(12.0).reshape(3, 4)
+part = open_buffer(tensor[1])
+assert (part.address, part.nbytes) == (tensor.data_ptr() + 16, 16)
+assert open_buffer(torch.nn.Parameter(torch.ones(4))).nbytes == 16
+for refused in (tensor[:, 1], tensor.t(), torch.empty(0), torch.ones(4).to_sparse(), torch.empty(4, device="meta")):
+    try:
+        print("taken:", open_buffer(refused))
+    except RegistrationError as error:
+        assert str(error)
+    else:
+        raise SystemExit(f"{refused!r} was taken")
+print("ok")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False, env=environment, timeout=100)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "ok"), ran.stdout + ran.stderr

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from nixl_async import Agent, BackendError, NixlError
 from nixl_async.backend import Host, PeerInfo
 from nixl_async.testing import assert_same, pattern
-from tests.agents import TOKEN, agent_process, known, two_agents
+from tests.agents import ROOT, TOKEN, agent_process, known, two_agents
 
 pytest.importorskip("ucxx")
 
@@ -78,3 +80,33 @@ def test_one_libucp_is_loaded_and_the_memory_cache_stays_as_the_user_had_it() ->
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     # ucxx switches it off while it is imported, for the sake of allocators that we do not use.
     assert ran.stdout.splitlines()[-1] == "1 None", ran.stdout
+
+
+def test_the_system_s_ucx_is_taken_where_the_user_prefers_it(tmp_path: Path) -> None:
+    """The system's installation here is a copy of the wheel's libraries, found as the loader finds every other."""
+    libraries = Path(pytest.importorskip("libucx").__file__).parent / "lib"
+    for file in libraries.glob("lib*.so.0"):
+        shutil.copy(file, tmp_path / file.name)
+        (tmp_path / file.name.removesuffix(".0")).symlink_to(file.name)
+    (tmp_path / "ucx").symlink_to(libraries / "ucx")
+    program = (
+        "import asyncio, numpy as np\n"
+        "from nixl_async import Agent\n"
+        "async def main():\n"
+        "    source, target = np.arange(1 << 20, dtype=np.uint8), np.zeros(1 << 20, np.uint8)\n"
+        "    options = dict(backends=['ucx'], authenticate=False)\n"
+        "    async with Agent('a', **options) as a, Agent('b', **options) as b:\n"
+        "        await b.register(target, name='kv')\n"
+        "        peer = await a.connect(await b.serve('127.0.0.1', 0))\n"
+        "        await a.transfer(await a.register(source), peer.region('kv'))\n"
+        "        assert (source == target).all()\n"
+        "    maps = open('/proc/self/maps').read()\n"
+        "    print(*{line.split()[-1] for line in maps.splitlines() if '/libucp' in line})\n"
+        "asyncio.run(main())"
+    )
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY": "true"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == str(tmp_path / "libucp.so.0")
