@@ -3,6 +3,8 @@
 UCXX makes the context and the worker; the one-sided operations, which its Python does not offer, are posted on their handles by
 one native thread that needs no GIL and sleeps on the worker's event descriptor. Regions and addresses are described as NIXL's
 UCX backend does it: the raw worker address and the raw packed key, behind which ours carry a checksum that UCX does not read.
+
+To another agent of ours small pages travel many to a message (`native/ucx_pack.c`); to a stock agent all is one-sided.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
+import secrets
 import socket
 import struct
 import zlib
@@ -49,9 +53,11 @@ CONFIGURATION = {
     "TCP_RX_SEG_SIZE": "256k",
 }
 """What we set on our own context; the environment's UCX_* variables win."""
-CLOSE_SECONDS = 5.0
+PACK_NBYTES = 16 << 10
+"""Segments that are this small on average travel many to a message, where the peer is an agent of ours."""
 _SEAL = struct.Struct("<4sI")
 _SEAL_MARK = b"nxa1"
+_TOKEN = struct.Struct("<Q")
 _ROOM = 64 << 10
 _BATCH = 256
 _SIOCGIFADDR = 0x8915
@@ -110,7 +116,9 @@ class UCXBackend(Backend):
             raise BackendError(f"UCX cannot be set up: {error}", backend=self.name) from error
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         why = ffi.new("char[]", 256)
-        self._engine = lib.nx_ucx_open(self._context.handle, self._worker.handle, self._event_fd, why, 256)
+        self._engine = lib.nx_ucx_open(
+            self._context.handle, self._worker.handle, self._event_fd, why, 256, _identity(host.agent_name, host.incarnation)
+        )
         if self._engine == ffi.NULL:
             os.close(self._event_fd)
             self._worker = self._context = None
@@ -148,11 +156,12 @@ class UCXBackend(Backend):
         address = peer.description if stock else _unseal(peer.description)
         if address is None:
             raise BackendError(f"peer {peer.name!r} sent a malformed worker address", backend=self.name, peer=peer.name)
+        identity = 0 if stock else _identity(peer.name, peer.incarnation)
         await self.disconnect(peer.name)
         number = next(self._ids)
         ended, closed = self._expect(number), self._expect(number + 1)
         status = ffi.new("int *")
-        pointer = lib.nx_ucx_connect(self._engine, address, number, status)
+        pointer = lib.nx_ucx_connect(self._engine, address, number, identity, status)
         if pointer == ffi.NULL:
             del self._waiting[number], self._waiting[number + 1]
             raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
@@ -185,11 +194,12 @@ class UCXBackend(Backend):
         if region.readonly:
             raise BackendError("it registers writable memory only", backend=self.name)
         memory = ffi.new("void **")
-        call = partial(self._read, lib.nx_ucx_map, self._engine, region.address, region.nbytes, memory)
+        token = secrets.randbits(64)
+        call = partial(self._read, lib.nx_ucx_map, self._engine, region.address, region.nbytes, token, memory)
         # Large registrations fault in and pin pages, which takes the kernel a while.
         key = call() if region.nbytes <= 1 << 20 else await quiesce(host.loop.run_in_executor(None, call))
         self._memory[region] = memory[0]
-        return _seal(key)
+        return _seal(key + _TOKEN.pack(token))
 
     async def unregister(self, region: MemoryRegion) -> None:
         """Unmap the memory."""
@@ -217,9 +227,13 @@ class UCXBackend(Backend):
         rkeys = ffi.new("void *[]", [self._rkey(peer, region) for region in theirs.regions])
         index = ffi.NULL if theirs.index is None else int64(theirs.index)
         arrays = int64(ours.addresses), int64(theirs.addresses), int64(op.plan.lengths)
+        tokens = ffi.NULL
+        if not peer.stock and len(op.plan.lengths) > 1 and op.nbytes <= PACK_NBYTES * len(op.plan.lengths):
+            keys = [region.keys[self.name] for region in theirs.regions if isinstance(region, RemoteRegion)]
+            tokens = ffi.new("uint64_t[]", [_TOKEN.unpack_from(key, len(key) - _SEAL.size - _TOKEN.size)[0] for key in keys])
         number = next(self._ids)
         done = self._expect(number)
-        if lib.nx_ucx_submit(peer.pointer, number, op.put, len(op.plan.lengths), *arrays, index, rkeys):
+        if lib.nx_ucx_submit(peer.pointer, number, op.put, len(op.plan.lengths), *arrays, index, rkeys, tokens):
             del self._waiting[number]
             raise BackendError("out of memory", backend=self.name, peer=op.peer, retryable=True)
         status = await quiesce(done, partial(lib.nx_ucx_cancel, peer.pointer, number))
@@ -275,6 +289,7 @@ class UCXBackend(Backend):
                     f"peer {peer.name!r} has no valid ucx key for region {region.name!r}", backend=self.name, peer=peer.name
                 )
             status = ffi.new("int *")
+            # Behind the packed key, which UCX knows the end of, comes the token.
             rkey = lib.nx_ucx_rkey(peer.pointer, packed, status)
             if rkey == ffi.NULL:
                 raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
@@ -336,6 +351,11 @@ def _has_network() -> bool:
                 if answer[20] != _LOOPBACK_NET:
                     return True
     return False
+
+
+def _identity(name: str, incarnation: str) -> int:
+    """Return what the packed messages of an agent are known by: never 0."""
+    return int.from_bytes(hashlib.blake2b(f"{name}\0{incarnation}".encode(), digest_size=8).digest(), "little") | 1
 
 
 def _text(status: int) -> str:

@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
@@ -26,6 +27,7 @@
 #define UCX_POST_SEGMENTS 64
 #define UCX_POST_BYTES (1 << 20)
 #define UCX_WATCHDOG_MS 500
+#define UCX_GRACE_NS 1000000000ll
 #define UCX_MAX_MESSAGES_NBYTES (256ll << 20)
 
 #define UCX_FUNCTIONS(X)                                                                                                      \
@@ -56,6 +58,9 @@ static struct {
     const char *(*ucs_status_string)(ucs_status_t);
 } ucx;
 
+typedef struct ucx_chunk ucx_chunk;
+typedef struct ucx_region ucx_region;
+
 typedef struct ucx_op {
     struct ucx_op *next;
     struct nx_ucx_ep *ep;
@@ -64,6 +69,10 @@ typedef struct ucx_op {
     ucs_status_t status;
     int64_t *local, *remote, *lengths, *index; /* `index` may be NULL: every segment lies in the first region */
     void **rkeys;
+    uint64_t *tokens; /* of the regions, NULL where nothing may be packed */
+    int64_t n_keys;
+    int n_chunks;
+    ucx_chunk *chunks; /* the packed messages under way */
     char *message; /* an active message instead of a copy */
     int64_t n_message;
 } ucx_op;
@@ -73,7 +82,9 @@ struct nx_ucx_ep {
     nx_ucx *engine;
     ucp_ep_h ep;
     int64_t id;
-    int refs, wants_close, closed, reported;
+    uint64_t identity; /* of the peer, 0 for one that is no agent of ours */
+    int refs, wants_close, closed, reported, hears;
+    int64_t stop_ns; /* when its closing, or the end of one of its ops, was asked for */
     ucs_status_t failed;
     ucs_status_ptr_t closing;
     ucx_op *ops;
@@ -110,7 +121,12 @@ struct nx_ucx {
     int64_t n_done, at_done, room_done;
     ucx_message *messages, **messages_end;
     int64_t messages_nbytes;
-    nx_ucx_ep *eps; /* the thread's own */
+    pthread_mutex_t regions_lock;
+    ucx_region *regions;
+    uint64_t identity;
+    nx_ucx_ep *eps; /* the thread's own, as is the rest */
+    uint64_t last_chunk;
+    int64_t replies_nbytes;
 };
 
 static int ucx_load(char *why, int64_t n_why) {
@@ -226,12 +242,19 @@ static ucs_status_t ucx_arrived(void *argument, const void *header, size_t n_hea
 
 /* Posting. All below up to the thread's loop runs on the thread. */
 
+static int64_t ucx_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
 static void ucx_unref(nx_ucx_ep *ep) {
     if (__atomic_sub_fetch(&ep->refs, 1, __ATOMIC_ACQ_REL) == 0)
         free(ep);
 }
 
 static void ucx_free_op(ucx_op *op) {
+    free(op->tokens);
     free(op->local);
     free(op->message);
     free(op->rkeys);
@@ -260,6 +283,8 @@ static void ucx_started(ucx_op *op, ucs_status_ptr_t request) {
         op->in_flight++;
 }
 
+#include "ucx_pack.c"
+
 /* Posts more of an op; returns whether it did anything. */
 static int ucx_post(ucx_op *op) {
     nx_ucx_ep *ep = op->ep;
@@ -273,6 +298,8 @@ static int ucx_post(ucx_op *op) {
         ucx_started(op, ucx.ucp_am_send_nbx(ep->ep, UCX_AM_ID, NULL, 0, op->message, (size_t)op->n_message, &param));
         return 1;
     }
+    if (op->tokens)
+        return pack_post(op);
     param.op_attr_mask |= UCP_OP_ATTR_FLAG_MULTI_SEND;
     while (op->at < op->n && op->in_flight < UCX_WINDOW && posted < UCX_POST_SEGMENTS && bytes < UCX_POST_BYTES &&
            op->status == UCS_OK && !op->cancelled && ep->failed == UCS_OK) {
@@ -293,12 +320,15 @@ static int ucx_step(ucx_op *op) {
     nx_ucx_ep *ep = op->ep;
     if (ep->failed != UCS_OK && op->status == UCS_OK)
         op->status = ep->failed;
+    if (ep->failed != UCS_OK)
+        pack_abandon(op);
     int did = ep->closed || ep->closing ? 0 : ucx_post(op);
     int stopped = op->status != UCS_OK || op->cancelled;
     if (op->in_flight || (op->at < op->n && !stopped))
         return did;
-    /* A put is at its destination once a flush that began after it has completed; so are puts that were stopped halfway. */
-    if (!op->flushing && op->put && op->at && ep->failed == UCS_OK && !ep->closing && !ep->closed) {
+    /* A put is at its destination once a flush that began after it has completed; so are puts that were stopped halfway. Packed
+       ones have been answered. */
+    if (!op->flushing && op->put && op->at && !op->tokens && ep->failed == UCS_OK && !ep->closing && !ep->closed) {
         op->flushing = 1;
         ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
                                      .cb.send = ucx_request_done, .user_data = op};
@@ -312,6 +342,14 @@ static int ucx_step(ucx_op *op) {
 
 static int ucx_step_ep(nx_ucx_ep *ep) {
     int did = 0;
+    int stopping = ep->wants_close && ep->ops;
+    for (ucx_op *op = ep->ops; op && !stopping; op = op->next)
+        stopping = op->cancelled;
+    if (!stopping)
+        ep->stop_ns = 0;
+    /* What a silent peer does not answer would go on for ever: its endpoint is cut, which ends everything on it. */
+    if (stopping && ep->failed == UCS_OK && ucx_clock() - ep->stop_ns > UCX_GRACE_NS)
+        ep->failed = UCS_ERR_TIMED_OUT;
     for (ucx_op **place = &ep->ops; *place;) {
         int result = ucx_step(*place);
         did |= result != 0;
@@ -353,6 +391,7 @@ static void ucx_obey(nx_ucx *engine, ucx_command *command) {
     case UCX_DO_ADD: {
         ep->next = engine->eps;
         engine->eps = ep;
+        pack_hello(ep);
         break;
     }
     case UCX_DO_SUBMIT: {
@@ -362,6 +401,10 @@ static void ucx_obey(nx_ucx *engine, ucx_command *command) {
             ucx_free_op(command->op);
             break;
         }
+        if (!ep->hears) {
+            free(command->op->tokens);
+            command->op->tokens = NULL;
+        }
         while (*place)
             place = &(*place)->next;
         *place = command->op;
@@ -369,10 +412,14 @@ static void ucx_obey(nx_ucx *engine, ucx_command *command) {
     }
     case UCX_DO_CANCEL:
         for (ucx_op *op = ep->ops; op; op = op->next)
-            op->cancelled |= op->id == command->id;
+            if (op->id == command->id && !op->cancelled) {
+                op->cancelled = 1;
+                ep->stop_ns = ep->stop_ns ? ep->stop_ns : ucx_clock();
+            }
         break;
     case UCX_DO_CLOSE:
         ep->wants_close = 1;
+        ep->stop_ns = ucx_clock();
         break;
     }
     free(command);
@@ -461,7 +508,7 @@ static int ucx_post_command(nx_ucx *engine, int kind, nx_ucx_ep *ep, ucx_op *op,
 
 /* Starts the thread that progresses `worker`. `event_fd` (the caller's) is written to when there are completions or messages.
    Returns NULL, and says why, when that cannot be. */
-nx_ucx *nx_ucx_open(uintptr_t context, uintptr_t worker, int event_fd, char *why, int64_t n_why) {
+nx_ucx *nx_ucx_open(uintptr_t context, uintptr_t worker, int event_fd, char *why, int64_t n_why, uint64_t identity) {
     nx_ucx *engine = calloc(1, sizeof *engine);
     if (!engine || ucx_load(why, n_why)) {
         free(engine);
@@ -473,11 +520,17 @@ nx_ucx *nx_ucx_open(uintptr_t context, uintptr_t worker, int event_fd, char *why
     engine->end = &engine->first;
     engine->messages_end = &engine->messages;
     engine->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    engine->identity = identity;
     pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->regions_lock, NULL);
     ucp_am_handler_param_t handler = {.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
                                                     UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG,
                                       .id = UCX_AM_ID, .flags = UCP_AM_FLAG_WHOLE_MSG, .cb = ucx_arrived, .arg = engine};
     ucs_status_t status = ucx.ucp_worker_get_efd(engine->worker, &engine->worker_fd);
+    if (status == UCS_OK)
+        status = ucx.ucp_worker_set_am_recv_handler(engine->worker, &handler);
+    handler.id = PACK_AM_ID;
+    handler.cb = pack_arrived;
     if (status == UCS_OK)
         status = ucx.ucp_worker_set_am_recv_handler(engine->worker, &handler);
     sigset_t all, before;
@@ -508,12 +561,17 @@ void nx_ucx_close(nx_ucx *engine) {
     ucp_am_handler_param_t handler = {.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB,
                                       .id = UCX_AM_ID, .cb = NULL};
     ucx.ucp_worker_set_am_recv_handler(engine->worker, &handler);
+    handler.id = PACK_AM_ID;
+    ucx.ucp_worker_set_am_recv_handler(engine->worker, &handler);
     while (engine->messages) {
         ucx_message *message = engine->messages;
         engine->messages = message->next;
         free(message);
     }
+    while (engine->regions)
+        pack_drop_region(engine, engine->regions->memory);
     close(engine->wake_fd);
+    pthread_mutex_destroy(&engine->regions_lock);
     pthread_mutex_destroy(&engine->lock);
     free(engine->done);
     free(engine);
@@ -538,8 +596,9 @@ int nx_ucx_address(nx_ucx *engine, uint8_t *out, int64_t room, int64_t *n) {
     return result;
 }
 
-/* Registers memory and packs the key that peers need for it. */
-int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, void **memory, uint8_t *key, int64_t room, int64_t *n) {
+/* Registers memory and packs the key that peers need for it; `token` is what they show to have it served in packs. */
+int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, uint64_t token, void **memory, uint8_t *key, int64_t room,
+               int64_t *n) {
     ucp_mem_map_params_t params = {.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH,
                                    .address = (void *)(uintptr_t)address, .length = (size_t)nbytes};
     ucp_mem_h handle;
@@ -554,17 +613,23 @@ int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, void **memory, u
         result = ucx_copy_out(packed, n_packed, key, room, n);
         ucx.ucp_rkey_buffer_release(packed);
     }
+    if (!result && pack_add_region(engine, handle, address, nbytes, token))
+        result = UCS_ERR_NO_MEMORY;
     if (result)
         ucx.ucp_mem_unmap(engine->context, handle);
     *memory = handle;
     return result;
 }
 
-int nx_ucx_unmap(nx_ucx *engine, void *memory) { return ucx.ucp_mem_unmap(engine->context, memory); }
+int nx_ucx_unmap(nx_ucx *engine, void *memory) {
+    pack_drop_region(engine, memory);
+    return ucx.ucp_mem_unmap(engine->context, memory);
+}
 
 /* Makes an endpoint to a worker address, which must be whole: UCX does not check it. `id` completes with a UCX error when the
-   endpoint fails, or 0 when nx_ucx_disconnect has closed it; after a failure `id + 1` completes when it is closed. */
-nx_ucx_ep *nx_ucx_connect(nx_ucx *engine, const uint8_t *address, int64_t id, int *status) {
+   endpoint fails, or 0 when nx_ucx_disconnect has closed it; after a failure `id + 1` completes when it is closed. `identity`
+   is what the peer gave nx_ucx_open, 0 if it is no agent of ours. */
+nx_ucx_ep *nx_ucx_connect(nx_ucx *engine, const uint8_t *address, int64_t id, uint64_t identity, int *status) {
     nx_ucx_ep *ep = calloc(1, sizeof *ep);
     if (!ep) {
         *status = UCS_ERR_NO_MEMORY;
@@ -572,6 +637,7 @@ nx_ucx_ep *nx_ucx_connect(nx_ucx *engine, const uint8_t *address, int64_t id, in
     }
     ep->engine = engine;
     ep->id = id;
+    ep->identity = identity;
     ep->refs = 2;
     ucp_ep_params_t params = {.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                                             UCP_EP_PARAM_FIELD_ERR_HANDLER,
@@ -599,24 +665,29 @@ void *nx_ucx_rkey(nx_ucx_ep *ep, const uint8_t *key, int *status) {
 
 void nx_ucx_rkey_free(void *rkey) { ucx.ucp_rkey_destroy(rkey); }
 
-/* Queues a copy of `n` segments: segment i between local[i] and remote[i], which the rkey rkeys[index[i]] opens. */
+/* Queues a copy of `n` segments: segment i between local[i] and remote[i], which the rkey rkeys[index[i]] opens. With the regions'
+   `tokens` (or NULL) the segments are packed into messages if the peer takes those. */
 int nx_ucx_submit(nx_ucx_ep *ep, int64_t id, int put, int64_t n, const int64_t *local, const int64_t *remote,
-                  const int64_t *lengths, const int64_t *index, void **rkeys) {
+                  const int64_t *lengths, const int64_t *index, void **rkeys, const uint64_t *tokens) {
     ucx_op *op = calloc(1, sizeof *op);
     int64_t n_keys = 1;
     for (int64_t i = 0; index && i < n; i++)
         n_keys = index[i] >= n_keys ? index[i] + 1 : n_keys;
     int64_t *arrays = malloc((size_t)(index ? 4 : 3) * (size_t)n * sizeof *arrays);
     void **keys = malloc((size_t)n_keys * sizeof *keys);
-    if (!op || !arrays || !keys) {
+    uint64_t *shown = tokens ? malloc((size_t)n_keys * sizeof *shown) : NULL;
+    if (!op || !arrays || !keys || (tokens && !shown)) {
         free(op);
+        free(shown);
         free(arrays);
         free(keys);
         return -ENOMEM;
     }
     size_t nbytes = (size_t)n * sizeof *arrays;
     *op = (ucx_op){.ep = ep, .id = id, .n = n, .put = put, .local = arrays, .remote = arrays + n, .lengths = arrays + 2 * n,
-                   .index = index ? arrays + 3 * n : NULL, .rkeys = keys};
+                   .index = index ? arrays + 3 * n : NULL, .rkeys = keys, .tokens = shown, .n_keys = n_keys};
+    if (shown)
+        memcpy(shown, tokens, (size_t)n_keys * sizeof *shown);
     memcpy(op->local, local, nbytes);
     memcpy(op->remote, remote, nbytes);
     memcpy(op->lengths, lengths, nbytes);

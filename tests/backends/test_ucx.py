@@ -14,12 +14,12 @@ import pytest
 
 from nixl_async import Agent, BackendError, NixlError
 from nixl_async.backend import Host, PeerInfo
-from nixl_async.testing import assert_same, pattern
+from nixl_async.testing import Canary, assert_same, pattern
 from tests.agents import ROOT, TOKEN, agent_process, known, two_agents
 
 pytest.importorskip("ucxx")
 
-from nixl_async.backends.ucx import UCXBackend
+from nixl_async.backends.ucx import UCXBackend, _seal
 
 
 async def test_a_worker_address_with_any_bit_flipped_is_refused() -> None:
@@ -62,6 +62,77 @@ async def test_read_only_memory_goes_by_another_route() -> None:
         await near.transfer(here, remote, backend="tcp")
         await near.transfer(remote, await near.register(got), backend="ucx")
         assert_same(got, pattern(1 << 20, 9))
+
+
+@pytest.mark.parametrize("put", [True, False], ids=["put", "get"])
+async def test_packed_pages_are_checked_by_the_side_that_owns_the_memory(put: bool) -> None:
+    async with two_agents(backends=["ucx"]) as (a, b, peer):
+        memory = pattern(1 << 20, 1)
+        await b.register(memory, name="kv")
+        await b.register(np.zeros(1 << 20, np.uint8), name="other")
+        await known(a, peer, "other")
+        mine = pattern(1 << 20, 2)
+        here, there = await a.register(mine), peer.region("kv")
+        order = np.random.default_rng(3).permutation(256)
+        canary, own = Canary(memory), Canary(mine)
+
+        async def move(pages: np.ndarray) -> None:
+            sides = here.pages(order[: len(pages)], 4096), there.pages(pages, 4096)
+            await a.transfer(*(sides if put else sides[::-1]))
+
+        there.nbytes *= 2
+        with pytest.raises(BackendError, match="Invalid parameter"):
+            await move(np.arange(255, 257))
+        there.nbytes //= 2
+        key = there.keys["ucx"]
+        there.keys["ucx"] = _seal(key[:-16] + bytes(8))
+        with pytest.raises(BackendError, match="Invalid parameter"):
+            await move(order)
+        there.keys["ucx"] = key
+        canary.check()
+        own.check()
+        await move(order[::-1])
+        theirs, ours = memory.reshape(256, 4096), mine.reshape(256, 4096)
+        assert_same(theirs[order[::-1]].ravel(), ours[order].ravel())
+
+
+@pytest.mark.parametrize("put", [True, False], ids=["put", "get"])
+async def test_pieces_of_any_size_of_many_regions_are_packed(put: bool) -> None:
+    random = np.random.default_rng(5)
+    async with two_agents(backends=["ucx"]) as (a, b, peer):
+        ours, theirs = [pattern(1 << 18, i) for i in range(4)], [pattern(1 << 18, 10 + i) for i in range(4)]
+        for i, memory in enumerate(theirs):
+            await b.register(memory, name=f"layer-{i}")
+        await known(a, peer, "layer-3")
+        src, dst, expected = [], [], []
+        for i, memory in enumerate(ours):
+            cuts = np.unique(np.concatenate(([0, 1 << 18], random.integers(0, 1 << 18, 700))))
+            starts, lengths = cuts[:-1], np.diff(cuts)
+            order = random.permutation(len(starts))
+            src.append((await a.register(memory)).ranges(starts[order], lengths[order]))
+            dst.append(peer.region(f"layer-{i}").ranges(starts[order], lengths[order]))
+            expected.append((memory if put else theirs[i]).copy())
+        await a.transfer(*((src, dst) if put else (dst, src)))
+        for memory, wanted in zip(theirs if put else ours, expected, strict=True):
+            assert_same(memory, wanted)
+
+
+@pytest.mark.parametrize("page", [4096, 1 << 20], ids=["packed", "one-sided"])
+async def test_what_a_stopped_peer_does_not_answer_can_be_cancelled(page: int) -> None:
+    async with agent_process("far", nbytes=8 << 20, backends=["ucx"]) as far:
+        async with Agent("near", token=TOKEN, backends=["ucx"]) as near:
+            got = np.zeros(8 << 20, np.uint8)
+            here, remote = await near.register(got), (await near.connect(far.address)).region("memory")
+            order = np.random.default_rng(1).permutation((8 << 20) // page)
+            await near.transfer(remote.pages(order, page), here.pages(order, page))
+            far.stop()
+            async with asyncio.timeout(5):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await near.transfer(remote.pages(order, page), here.pages(order, page))
+            canary = Canary(got)
+            far.resume()
+        canary.check()
 
 
 def test_one_libucp_is_loaded_and_the_memory_cache_stays_as_the_user_had_it() -> None:
