@@ -68,19 +68,22 @@ class _Peer:
 
 
 class TCPBackend(Backend):
-    """Moves bytes to and from peers over `streams` connections each, by `threads` threads in all, and small copies at once."""
+    """Moves bytes to and from peers over `streams` connections each, by `threads` threads in all, and small copies at once.
+
+    By default both follow the number of cores: one connection keeps two cores of a host busy, more of them only share those.
+    """
 
     name = "tcp"
     rank = 30
     limits = Limits(max_ops=4, max_op_nbytes=8 << 20, max_op_segments=16384, inline_nbytes=16 << 10)
 
-    def __init__(self, *, streams: int = 2, threads: int | None = None) -> None:
-        if not 1 <= streams <= 64:
+    def __init__(self, *, streams: int | None = None, threads: int | None = None) -> None:
+        self._n_streams = max(1, min(2, (os.cpu_count() or 1) // 2)) if streams is None else streams
+        if not 1 <= self._n_streams <= 64:
             raise ConfigurationError(f"streams is {streams}; it must be 1 to 64")
         self._n_threads = min(4, os.cpu_count() or 1) if threads is None else threads
         if not 1 <= self._n_threads <= 64:
             raise ConfigurationError(f"threads is {threads}; it must be 1 to 64")
-        self._n_streams = streams
         self._token = secrets.token_bytes(_TOKEN_NBYTES)
         self._engine = ffi.NULL
         self._event_fd = -1

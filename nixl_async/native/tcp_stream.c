@@ -333,7 +333,7 @@ static int tcp_receive(nx_tcp_stream *stream, size_t budget) {
             stream->stage_at = 0;
         }
         int n = 0;
-        size_t direct = 0, limit = budget < TCP_CHUNK ? budget : TCP_CHUNK;
+        size_t direct = 0, limit = budget < TCP_RECEIVE ? budget : TCP_RECEIVE;
         uint64_t left = 0;
         if (stream->phase == RX_PAYLOAD) {
             direct = tcp_gather(stream->rx_frame, iov, &n, TCP_IOV - 1, limit);
