@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from rich.markup import escape
 from bench import system
 from bench.process import WorkerError
 from bench.report import Row, show, to_json
+from bench.served import AZURITE, JUICEFS, NGINX
 from bench.session import DEFAULT, SAME_HOST, TCP, UCX_TCP, Path, Settings, WrongBytes, judged
-from bench.suites import busy, descriptors, idle, latency, many, stall, throughput
+from bench.suites import azure, busy, descriptors, files, idle, latency, many, s3, s3_many, stall, throughput
 
 app = typer.Typer(help="Measure nixl_async, its peers and the machine's limits in alternating turns.", no_args_is_help=True)
 
@@ -32,6 +34,13 @@ class Command:
 
     title: str
     suites: tuple[tuple[str, Suite], ...]
+
+
+def _servers(suite: Callable[[Settings, str], Iterator[Row]], *kinds: str) -> tuple[tuple[str, Suite], ...]:
+    def on(kind: str) -> Suite:
+        return lambda settings: suite(settings, kind)
+
+    return tuple((kind, on(kind)) for kind in kinds)
 
 
 def _paths(suite: Callable[[Settings, Path], Iterator[Row]], *paths: Path) -> tuple[tuple[str, Suite], ...]:
@@ -50,6 +59,11 @@ COMMANDS = {
     "busy-peer": Command("The peer spins in pure Python", _paths(busy.busy_peer, SAME_HOST, TCP, UCX_TCP)),
     "many": Command("Many transfers at once", _paths(many.many, SAME_HOST, TCP)),
     "descriptors": Command("Descriptors", ((DEFAULT.name, descriptors.descriptors),)),
+    "s3-get": Command("Objects got from an S3 server", _servers(s3.get, NGINX, JUICEFS)),
+    "s3-put": Command("Objects put to an S3 server", _servers(s3.put, NGINX, JUICEFS)),
+    "s3-many": Command("Very many objects in one transfer", _servers(s3_many.many, NGINX, JUICEFS)),
+    "azure": Command("Blobs of Azurite", ((AZURITE, azure.blobs),)),
+    "files": Command("Blocks of a file", _servers(files.blocks, files.DIRECT, files.CACHE)),
 }
 
 
@@ -61,15 +75,21 @@ class Format(enum.Enum):
 
 
 class Only(enum.Enum):
-    """Which paths between the two processes take part."""
+    """Which paths between the two processes, which servers or which ways to a file take part."""
 
     ALL = "all"
     SAME_HOST = "samehost"
     TCP = "tcp"
+    NGINX = NGINX
+    JUICEFS = JUICEFS
+    DIRECT = files.DIRECT
+    CACHE = files.CACHE
 
     def wants(self, path: str) -> bool:
         """Whether a suite for the path called `path` runs."""
-        return self is Only.ALL or (self is Only.SAME_HOST) == (path == SAME_HOST.name)
+        if self is Only.TCP:
+            return path in (TCP.name, UCX_TCP.name, DEFAULT.name)
+        return self is Only.ALL or path == (SAME_HOST.name if self is Only.SAME_HOST else self.value)
 
 
 NixlPython = Annotated[
@@ -89,12 +109,12 @@ Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that eve
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples of each contender.")]
 Mebibytes = Annotated[int, typer.Option("--mib", min=1, help="Bytes that a throughput sample moves, in MiB.")]
 Pages = Annotated[
-    list[int] | None, typer.Option("--page", help="Page sizes of `throughput`, bytes (default: the table's five).")
+    list[int] | None, typer.Option("--page", help="Sizes of pages, objects or blocks, bytes (default: the table's).")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if a promise is not met.")]
 
 
-Paths = Annotated[Only, typer.Option("--path", help="Measure only one path between the processes.")]
+Paths = Annotated[Only, typer.Option("--path", help="Measure only one path, one server, or one way to a file.")]
 
 
 @dataclass
@@ -105,7 +125,13 @@ class _Options:
     strict: bool
 
 
+def _end(number: int, frame: object) -> None:
+    # As Ctrl-C does: servers end, and what they kept in memory goes.
+    raise SystemExit(128 + number)
+
+
 def _run(options: _Options, commands: dict[str, Command]) -> None:
+    signal.signal(signal.SIGTERM, _end)
     out, err = Console(), Console(stderr=True, soft_wrap=True)
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out = Console(width=WIDTH_WITHOUT_TERMINAL)
@@ -166,7 +192,7 @@ def _command(name: str, help_text: str, commands: dict[str, Command]) -> None:
         if quick:
             settings = settings.made_quick()
         if page:
-            settings.pages = tuple(page)
+            settings.pages = settings.sizes = tuple(page)
         _run(_Options(settings, path, output, strict), commands)
 
     app.command(name, help=help_text)(command)
@@ -181,6 +207,11 @@ for _name, _command_help in {
     "busy-peer": "A pull from a peer that spins in pure Python.",
     "many": "10,000 small transfers at once.",
     "descriptors": "Nanoseconds per descriptor; prepared transfers.",
+    "s3-get": "Objects of 64 KiB to 64 MiB out of an S3 server.",
+    "s3-put": "Objects of 1 to 64 MiB into an S3 server, payload signed and not.",
+    "s3-many": "Thousands of objects of 64 KiB in one transfer: speed, loop and memory.",
+    "azure": "Blobs of 8 MiB out of Azurite and into it.",
+    "files": "Blocks of 16 KiB to 1 MiB of a file, past the page cache and through it.",
 }.items():
     _command(_name, _command_help, {_name: COMMANDS[_name]})
 _command("all", "Every command, one after the other.", COMMANDS)

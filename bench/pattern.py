@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 WORD = 8
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 1 << 16
+_ALIGNMENT = 4096
 
 
 def page_order(n_pages: int, seed: int) -> NDArray[np.int64]:
@@ -25,6 +26,13 @@ def page_order(n_pages: int, seed: int) -> NDArray[np.int64]:
 def allocate(nbytes: int) -> NDArray[np.uint8]:
     """Return `nbytes` bytes of memory, a multiple of 8, whose pages the kernel has already mapped."""
     return np.full(nbytes, 0x5A, np.uint8)
+
+
+def allocate_aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Return memory as `allocate` does, that begins at a memory page, as direct I/O wants it."""
+    whole = allocate(nbytes + _ALIGNMENT)
+    skipped = -whole.ctypes.data % _ALIGNMENT
+    return whole[skipped : skipped + nbytes]
 
 
 def words(start: int, count: int, salt: int) -> NDArray[np.uint64]:

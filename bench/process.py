@@ -1,4 +1,4 @@
-"""Contenders as pairs of processes: start them, command them, hold them still while another is measured."""
+"""Contenders as processes, alone or in pairs: start them, command them, hold them still while another is measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_SECONDS = 300.0
@@ -115,30 +115,16 @@ class Worker:
         return WorkerError(f"{self.label} ({self.role}): {what}; exit code {self.process.poll()}; it wrote:\n{tail}")
 
 
-class Pair:
-    """A contender's two processes, connected: the initiator that is timed, and the target."""
+class Processes:
+    """A contender's processes."""
 
-    def __init__(self, contender: Contender, nbytes: int) -> None:
+    def __init__(self, contender: Contender) -> None:
         self.contender = contender
-        self.target = Worker(contender, "target")
-        try:
-            self.initiator = Worker(contender, "initiator")
-        except BaseException:
-            self.target.close()
-            raise
-        try:
-            self.target.send("open", role="target", nbytes=nbytes, options=contender.options)
-            self.initiator.send("open", role="initiator", nbytes=nbytes, options=contender.options)
-            address, own = self.target.receive(), self.initiator.receive()
-            self.initiator.call("connect", peer=address)
-            self.target.call("accept", peer=own)
-        except BaseException:
-            self.close()
-            raise
+        self.workers: list[Worker] = []
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Let both processes run for the duration of the block."""
+        """Let the processes run for the duration of the block."""
         if self.contender.stopped_between_turns:
             self._signal(signal.SIGCONT)
         try:
@@ -152,17 +138,51 @@ class Pair:
             self._signal(signal.SIGSTOP)
 
     def _signal(self, number: int) -> None:
-        self.initiator.signal(number)
-        self.target.signal(number)
+        for worker in self.workers:
+            worker.signal(number)
 
     def close(self) -> None:
-        """End both processes."""
+        """End the processes."""
         self._signal(signal.SIGCONT)
-        self.initiator.close()
-        self.target.close()
+        for worker in self.workers:
+            worker.close()
 
-    def __enter__(self) -> Pair:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class Pair(Processes):
+    """A contender's two processes, connected: the initiator that is timed, and the target."""
+
+    def __init__(self, contender: Contender, nbytes: int) -> None:
+        super().__init__(contender)
+        self.target = Worker(contender, "target")
+        self.workers.append(self.target)
+        try:
+            self.initiator = Worker(contender, "initiator")
+            self.workers.insert(0, self.initiator)
+            self.target.send("open", role="target", nbytes=nbytes, options=contender.options)
+            self.initiator.send("open", role="initiator", nbytes=nbytes, options=contender.options)
+            address, own = self.target.receive(), self.initiator.receive()
+            self.initiator.call("connect", peer=address)
+            self.target.call("accept", peer=own)
+        except BaseException:
+            self.close()
+            raise
+
+
+class Single(Processes):
+    """A contender's only process, the client of a storage server or of files."""
+
+    def __init__(self, contender: Contender, nbytes: int) -> None:
+        super().__init__(contender)
+        self.worker = Worker(contender, "client")
+        self.workers.append(self.worker)
+        try:
+            self.worker.call("open", role="client", nbytes=nbytes, options=contender.options)
+        except BaseException:
+            self.close()
+            raise

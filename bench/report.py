@@ -99,6 +99,12 @@ class Row:
             ratio = self.ratio(figure)
             self.checks.append(Check(f">= {factor:g}x {label}", ratio, ratio >= factor, "{:.2f}x"))
 
+    def at_least_best(self, labels: Sequence[str], factor: float, whom: str) -> None:
+        """Promise that our median is at least `factor` times as good as the best of `labels` that were measured."""
+        ratios = [self.ratio(figure) for figure in self.others if figure.label in labels]
+        if ratios:
+            self.checks.append(Check(f">= {factor:g}x {whom}", min(ratios), min(ratios) >= factor, "{:.2f}x"))
+
     def at_most(self, limit: float, value: float | None = None, text: str | None = None) -> None:
         """Promise that our median, or `value`, is at most `limit`."""
         value = self.ours.median if value is None else value

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from bench.process import Contender, Pair, Worker, WorkerError
+from bench.process import Contender, Pair, Processes, Single, Worker, WorkerError
 from bench.report import Row
 
 OURS = "nixl_async"
@@ -43,6 +43,8 @@ class Settings:
     nbytes: int = 256 << 20
     rounds: int = 7
     pages: tuple[int, ...] = PAGES
+    sizes: tuple[int, ...] = ()
+    """Sizes of objects and of a file's blocks, bytes; empty: those that the promises are about."""
     count: int = 2000
     """How many small operations make a latency figure, in all."""
     seconds: float = 3.0
@@ -89,34 +91,49 @@ def raw() -> Contender:
     return Contender("raw", "bench.workers.raw", sys.executable)
 
 
+P = TypeVar("P", bound=Processes)
+T = TypeVar("T")
+
+
 @contextmanager
 def pairs(contenders: Iterable[Contender], nbytes: int, settings: Settings) -> Iterator[dict[str, Pair]]:
     """Start every contender's two processes, one contender at a time, and leave the spinning ones stopped."""
     with ExitStack() as stack:
-        started = {}
-        for contender in contenders:
-            settings.progress(f"starting {contender.label}")
-            try:
-                started[contender.label] = stack.enter_context(Pair(contender, nbytes))
-            except WorkerError as error:
-                if contender.label == OURS:
-                    raise
-                settings.warn(f"{contender.label} is left out, it does not start: {error}")
-                continue
-            started[contender.label].rest()
-        yield started
+        yield _started(contenders, settings, stack, lambda contender: Pair(contender, nbytes))
 
 
-def alternate(
-    pairs: dict[str, Pair], settings: Settings, what: str, measure: Callable[[Pair], float]
-) -> dict[str, list[float]]:
+@contextmanager
+def singles(contenders: Iterable[Contender], nbytes: int, settings: Settings) -> Iterator[dict[str, Single]]:
+    """Start every contender's only process, one contender at a time, and leave the spinning ones stopped."""
+    with ExitStack() as stack:
+        yield _started(contenders, settings, stack, lambda contender: Single(contender, nbytes))
+
+
+def _started(
+    contenders: Iterable[Contender], settings: Settings, stack: ExitStack, start: Callable[[Contender], P]
+) -> dict[str, P]:
+    started = {}
+    for contender in contenders:
+        settings.progress(f"starting {contender.label}")
+        try:
+            started[contender.label] = stack.enter_context(start(contender))
+        except WorkerError as error:
+            if contender.label == OURS:
+                raise
+            settings.warn(f"{contender.label} is left out, it does not start: {error}")
+            continue
+        started[contender.label].rest()
+    return started
+
+
+def alternate(started: dict[str, P], settings: Settings, what: str, measure: Callable[[P], T]) -> dict[str, list[T]]:
     """Take `rounds` samples of each contender, A B C A B C, after a round of warming up that does not count."""
-    samples: dict[str, list[float]] = {label: [] for label in pairs}
+    samples: dict[str, list[T]] = {label: [] for label in started}
     for turn in range(settings.rounds + 1):
-        for label, pair in pairs.items():
+        for label, processes in started.items():
             settings.progress(f"{what}: {label}, " + (f"round {turn} of {settings.rounds}" if turn else "warming up"))
-            with pair.turn():
-                value = measure(pair)
+            with processes.turn():
+                value = measure(processes)
             if turn:
                 samples[label].append(value)
     return samples

@@ -6,7 +6,7 @@ contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wi
 """
 
 from nixl_async.agent import Agent, Statistics
-from nixl_async.backend import Backend, Limits, Op, load_backend
+from nixl_async.backend import Backend, Limits, Op, Stat, StorageBackend, Upload, load_backend
 from nixl_async.descriptors import BlockLayout, Descriptor, MemoryKind
 from nixl_async.errors import (
     AccessError,
@@ -14,13 +14,17 @@ from nixl_async.errors import (
     BackendError,
     ClosedError,
     ConfigurationError,
+    ConflictError,
     DescriptorError,
+    IntegrityError,
     InternalError,
     InvalidTransition,
     MissingDependency,
     NixlError,
     NoRoute,
     NotFoundError,
+    OutOfSpace,
+    PartsFailed,
     PeerLost,
     ProtocolError,
     Quarantined,
@@ -32,6 +36,8 @@ from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Notification
 from nixl_async.peers import MembershipEvent, Peer
 from nixl_async.routing import Explanation
+from nixl_async.storage import FileRegion, ObjectRegion
+from nixl_async.stores import Store
 from nixl_async.transfer import TransferResult, TransferState
 
 __version__ = "0.1.0"
@@ -45,9 +51,12 @@ __all__ = [
     "BlockLayout",
     "ClosedError",
     "ConfigurationError",
+    "ConflictError",
     "Descriptor",
     "DescriptorError",
     "Explanation",
+    "FileRegion",
+    "IntegrityError",
     "InternalError",
     "InvalidTransition",
     "Limits",
@@ -59,8 +68,11 @@ __all__ = [
     "NoRoute",
     "NotFoundError",
     "Notification",
+    "ObjectRegion",
     "Op",
+    "OutOfSpace",
     "Part",
+    "PartsFailed",
     "Peer",
     "PeerLost",
     "PreparedTransfer",
@@ -68,10 +80,14 @@ __all__ = [
     "Quarantined",
     "RegistrationError",
     "RemoteRegion",
+    "Stat",
     "Statistics",
+    "StorageBackend",
+    "Store",
     "Transfer",
     "TransferError",
     "TransferResult",
     "TransferState",
+    "Upload",
     "load_backend",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nixl_async.backend import Backend, Host, load_backend
+from nixl_async.backend import Backend, Host, StorageBackend, load_backend
 from nixl_async.descriptors import Descriptor, Places, Plan, Region, make_plan
 from nixl_async.dispatch import Dispatcher, check_payload
 from nixl_async.errors import (
@@ -23,6 +23,7 @@ from nixl_async.errors import (
     NixlError,
     PeerLost,
     RegistrationError,
+    TransferError,
 )
 from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.membership import Membership
@@ -30,14 +31,18 @@ from nixl_async.memory import MemoryRegion, open_buffer
 from nixl_async.notifications import Notification, Subscription
 from nixl_async.peers import MembershipEvents, Peer
 from nixl_async.routing import Explanation, Router
+from nixl_async.stores import StorageCalls, Stores
 from nixl_async.transfer import TransferResult
 from nixl_async.wire import MAX_NAME_NBYTES
 
 logger = logging.getLogger("nixl_async.agent")
 
-DEFAULT_BACKENDS = ("memory", "samehost", "tcp", "ucx")
-OPTIONAL_BACKENDS = frozenset({"samehost", "ucx"})
+DEFAULT_BACKENDS = ("memory", "samehost", "tcp", "ucx", "posix", "directory", "cuda", "gds")
+OPTIONAL_BACKENDS = frozenset({"samehost", "ucx", "cuda", "gds"})
 """Of the defaults, those that may be absent: their package or kernel feature is not everywhere."""
+LATE_BACKENDS = frozenset({"s3", "azure", "gcs"})
+"""What an agent with the default backends adds when it is first asked for: loading their libraries takes a second. They register
+no memory, so the regions that are there already need nothing."""
 
 OFF_LOOP_DESCRIPTORS = 16384
 """Plans of more ranges than this, both sides together, are made on a thread: they would hold the loop longer than a millisecond."""
@@ -59,7 +64,7 @@ class Statistics:
     unread_notifications: int
 
 
-class Agent:
+class Agent(StorageCalls):
     """Moves data between registered memory here and at its peers.
 
     `name` identifies the agent to its peers and must be unique among them. `backends` are names or instances, the preferred
@@ -99,6 +104,9 @@ class Agent:
         self._router = Router(self._backends, self._unavailable, self._membership)
         self._dispatcher: Dispatcher
         self._planner: ThreadPoolExecutor | None = None
+        self._adding = asyncio.Lock()
+        self._stores = Stores(self._storage)
+        self._files = set()
         self._state = "new"
 
     def __repr__(self) -> str:
@@ -115,15 +123,8 @@ class Agent:
         try:
             # Loading UCX takes half a second: not on the loop.
             for backend in await asyncio.to_thread(self._load_backends):
-                host = Host(
-                    self.name,
-                    self.incarnation,
-                    self._loop,
-                    peer_lost=partial(self._membership.backend_lost, backend.name),
-                    notification=self._stock_notification,
-                )
                 try:
-                    await backend.open(host)
+                    await backend.open(self._host(backend))
                 except MissingDependency as error:
                     if self._wanted is not None:
                         raise
@@ -143,6 +144,37 @@ class Agent:
         self._state = "open"
         return self
 
+    def _host(self, backend: Backend) -> Host:
+        return Host(
+            self.name,
+            self.incarnation,
+            self._loop,
+            peer_lost=partial(self._membership.backend_lost, backend.name),
+            notification=self._stock_notification,
+            backends=self._backends,
+        )
+
+    async def _storage(self, name: str) -> StorageBackend:
+        """Return the backend of that name; add it if this agent has the default ones."""
+        self._check_open()
+        async with self._adding:
+            backend = self._backends.get(name)
+            if backend is None and self._wanted is None and name in LATE_BACKENDS:
+                backend = await asyncio.to_thread(load_backend, name)
+                try:
+                    await backend.open(self._host(backend))
+                    self._check_open()
+                except BaseException:
+                    await backend.aclose()
+                    raise
+                self._backends[name] = backend
+                self._membership.backends.append(backend)
+                self._dispatcher.add_backend(name, backend)
+        if not isinstance(backend, StorageBackend):
+            had = ", ".join(self._backends)
+            raise ConfigurationError(f"this agent has no backend {name!r}; it has {had}; add it to backends=[…]")
+        return backend
+
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
@@ -153,10 +185,17 @@ class Agent:
         self._state = "closing"
         await self._dispatcher.drain()
         await self._membership.aclose()
+        for file in list(self._files):
+            try:
+                await file.aclose(publish=False)
+            except TransferError as error:
+                logger.error("agent %s: %s", self.name, error)
         for region in list(self._membership.regions.values()):
             await region.aclose()
         self._dispatcher.close()
-        for backend in reversed(self._backends.values()):
+        # What relays between others goes before them.
+        opened = [*reversed(self._backends.values())]
+        for backend in [*(b for b in opened if b.relays), *(b for b in opened if not b.relays)]:
             await backend.aclose()
         if self._planner is not None:
             self._planner.shutdown(wait=False)
@@ -180,6 +219,8 @@ class Agent:
             loaded[backend.name] = backend
         if not loaded:
             raise ConfigurationError("backends is empty; give at least one, or None for the default")
+        if "staging" not in loaded and any(isinstance(backend, StorageBackend) for backend in loaded.values()):
+            loaded["staging"] = load_backend("staging")
         return loaded.values()
 
     def _check_open(self) -> None:
@@ -192,9 +233,10 @@ class Agent:
     async def register(self, obj: Any, *, name: str | None = None) -> MemoryRegion:
         """Register an object's memory and tell the peers; the region keeps the object alive until it is closed.
 
-        `obj`: a numpy array, bytearray, memoryview, mmap, torch CPU tensor, or anything with the buffer protocol, DLPack (CPU)
-        or `__cuda_array_interface__`. Read-only memory can be a source only. `name` is what peers call the region
-        (default: region-1, region-2, …).
+        `obj`: a numpy array, bytearray, memoryview, mmap, torch tensor, cupy array, or anything with the buffer protocol, DLPack
+        (CPU) or `__cuda_array_interface__`. Read-only memory can be a source only. `name` is what peers call the region
+        (default: region-1, region-2, …). Copies of a device's memory wait for no stream of the caller's: what it has enqueued
+        there must have ended before a transfer begins.
 
         Raises:
             RegistrationError: the memory is empty or not C-contiguous, or no backend of this agent takes it.
@@ -221,7 +263,8 @@ class Agent:
                 except NixlError as error:
                     refusals[backend.name] = str(error)
             if not region.keys:
-                raise RegistrationError(f"no backend takes {region!r}: {refusals}")
+                why = "; ".join(f"{name}: {reason}" for name, reason in (self._unavailable | refusals).items())
+                raise RegistrationError(f"no backend takes {region!r}: {why}")
         except BaseException:
             del regions[name]
             for taken in region.keys:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -20,7 +20,7 @@ from nixl_async.descriptors import MemoryKind
 from nixl_async.errors import BackendError, ConfigurationError, MissingDependency, NixlError, TransferError
 
 if TYPE_CHECKING:
-    from nixl_async.descriptors import Plan, Side
+    from nixl_async.descriptors import Array, Plan, Side
     from nixl_async.memory import MemoryRegion
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Limits:
 
     `inline_nbytes`: plans up to this size may be offered to `copy_now` on the event loop (0: never). An op holds at most
     `max_op_nbytes` bytes and `max_op_segments` segments. `drain_seconds`: how long a cancelled op may take to become
-    quiet before its memory is quarantined.
+    quiet before its memory is quarantined. `batch`: whether small transfers may share an op.
     """
 
     max_ops: int = 4
@@ -41,6 +41,11 @@ class Limits:
     max_op_segments: int = 65536
     inline_nbytes: int = 0
     drain_seconds: float = 5.0
+    batch: bool = True
+
+
+def _nobody(start: int, nbytes: int, error: TransferError | None) -> None:
+    """Take a report that nobody wants."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +53,8 @@ class Op:
     """One unit of work for one backend: the segments of `plan`, to or from one peer, or within this process.
 
     `peer` is the remote side's name (`None`: both sides are ours); `put` is True when bytes go to the peer.
-    `parts` lists what it carries as (transfer id, first byte within that transfer, bytes); backends ignore it.
+    `parts` lists what it carries as (transfer id, first byte within that transfer, bytes); backends ignore it. A backend whose
+    `reports` is True calls `report(first byte within the op, bytes, error)` for everything it carries, as it gets there.
     """
 
     id: int
@@ -56,6 +62,7 @@ class Op:
     peer: str | None
     put: bool
     parts: tuple[tuple[int, int, int], ...] = ()
+    report: Callable[[int, int, TransferError | None], None] = _nobody
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +103,8 @@ class Host:
     loop: asyncio.AbstractEventLoop
     peer_lost: Callable[[str, str], None] = field(default=lambda peer, reason: None)
     notification: Callable[[str, bytes], None] = field(default=lambda sender, payload: None)
+    backends: Mapping[str, Backend] = field(default_factory=dict)
+    """All of the agent's, for a backend that relays between others."""
 
 
 class Backend(ABC):
@@ -106,6 +115,10 @@ class Backend(ABC):
     """The kinds of memory it takes; `register` sees no others."""
     remote: ClassVar[bool] = True
     """Whether the backend reaches peers; a local one is never asked to `connect`."""
+    relays: ClassVar[bool] = False
+    """Whether it moves bytes through other backends of the agent, to peers too without being connected to them."""
+    reports: ClassVar[bool] = False
+    """Whether it calls `Op.report`."""
     limits: Limits = Limits()
     rank: int = 50
     """Routes are tried in rising rank; a caller's `backend=` overrides it."""
@@ -113,6 +126,10 @@ class Backend(ABC):
     @abstractmethod
     def refusal(self, src: Side, dst: Side) -> str | None:
         """Return why this backend cannot copy between the two sides, or `None` if it can. Pure, cheap, no I/O."""
+
+    def how(self, src: Side, dst: Side) -> str:
+        """Return in a few words by which of its ways it would copy; `Agent.explain` shows it."""
+        return ""
 
     @abstractmethod
     async def copy(self, op: Op) -> None:
@@ -174,6 +191,88 @@ class Backend(ABC):
         """Forget `peer`. No op of it is in flight, or the peer is lost and its ops have been failed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What a store tells of an object: its key (within the store), bytes, entity tag, and time of change in seconds since 1970."""
+
+    key: str
+    nbytes: int
+    etag: str = ""
+    modified: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where a store is: scheme, bucket (container, directory), the prefix that all its keys get, and the caller's options."""
+
+    scheme: str
+    bucket: str
+    prefix: str = ""
+    # Out of the repr: there are keys and secrets among them.
+    options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.prefix}"
+
+
+class Upload(ABC):
+    """An object that is written piece by piece; nothing of it is visible before `finish`."""
+
+    piece_nbytes: int
+    """The pieces' size in bytes; only the last may be smaller."""
+
+    @abstractmethod
+    async def put(self, number: int, source: Side, lengths: Array) -> None:
+        """Send piece `number` (from 0) from local memory; several may be on their way at once."""
+
+    @abstractmethod
+    async def finish(self) -> None:
+        """Make the object visible, whole."""
+
+    @abstractmethod
+    async def abort(self) -> None:
+        """Forget every piece. Idempotent, and without effect after `finish`."""
+
+
+class StorageBackend(Backend):
+    """Moves bytes between local memory and the objects of a store, and answers questions about them.
+
+    `schemes` are the URL schemes it serves. All keys given to its methods are full: the store's prefix is in them.
+    """
+
+    schemes: ClassVar[tuple[str, ...]] = ()
+    remote = False
+
+    async def open_store(self, address: StoreAddress) -> None:
+        """Make ready for a store: clients, credentials. Called before anything else that concerns it; cheap when repeated.
+
+        Raises:
+            ConfigurationError: an option is unknown or wrong.
+        """
+
+    async def stat(self, address: StoreAddress, keys: Sequence[str]) -> list[Stat | None]:
+        """Look up objects; `None` for those that do not exist."""
+        raise BackendError(f"backend {self.name!r} answers no questions", backend=self.name)
+
+    def list(self, address: StoreAddress, prefix: str) -> AsyncIterator[Stat]:
+        """Iterate over the objects whose key begins with `prefix`, in the store's order."""
+        raise BackendError(f"backend {self.name!r} lists nothing", backend=self.name)
+
+    async def delete(self, address: StoreAddress, keys: Sequence[str]) -> None:
+        """Delete objects; those that do not exist are deleted already."""
+        raise BackendError(f"backend {self.name!r} deletes nothing", backend=self.name)
+
+    async def upload(
+        self, address: StoreAddress, key: str, nbytes: int, *, if_none_match: bool = False, max_piece_nbytes: int | None = None
+    ) -> Upload:
+        """Begin to write an object of `nbytes` bytes piece by piece; `if_none_match` makes `finish` fail if it exists.
+
+        The pieces are of `max_piece_nbytes` bytes at most where the store allows that; where it does not, the caller sees it
+        from `Upload.piece_nbytes`. The caller never cancels this, and aborts or finishes what it returns.
+        """
+        raise BackendError(f"backend {self.name!r} writes objects whole only", backend=self.name)
+
+
 async def quiesce(future: asyncio.Future[T], stop: Callable[[], None] | None = None) -> T:
     """Wait for `future` to end even if the waiting task is cancelled, any number of times; then raise the cancellation.
 
@@ -224,7 +323,17 @@ BUILT_IN = {
     "samehost": "nixl_async.backends.samehost:SameHostBackend",
     "tcp": "nixl_async.backends.tcp:TCPBackend",
     "ucx": "nixl_async.backends.ucx:UCXBackend",
+    "posix": "nixl_async.backends.posix:PosixBackend",
+    "directory": "nixl_async.backends.directory:DirectoryBackend",
+    "cuda": "nixl_async.backends.cuda:CUDABackend",
+    "gds": "nixl_async.backends.gds:GDSBackend",
+    "s3": "nixl_async.backends.s3:S3Backend",
+    "azure": "nixl_async.backends.azure:AzureBackend",
+    "gcs": "nixl_async.backends.gcs:GCSBackend",
+    "staging": "nixl_async.staging:StagingBackend",
 }
+SCHEMES = {"file": "directory", "s3": "s3", "az": "azure", "gs": "gcs"}
+"""Which of ours serves which URL scheme."""
 
 
 def load_backend(name: str, **options: Any) -> Backend:

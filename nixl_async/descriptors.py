@@ -8,8 +8,9 @@ region is only something with an address, a size and an owner.
 from __future__ import annotations
 
 import enum
+import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -33,10 +34,12 @@ AXES = ("layer", "kv", "block", "head")
 
 
 class MemoryKind(enum.Enum):
-    """Where memory is; the values are NIXL's segment names."""
+    """Where bytes are; the values are NIXL's segment names. In files and objects an address is an offset."""
 
     DRAM = "DRAM"
     VRAM = "VRAM"
+    FILE = "FILE"
+    OBJECT = "OBJ"
 
 
 class Region:
@@ -49,6 +52,10 @@ class Region:
     device: int
     peer: str | None
     readonly: bool
+    sized: bool = True
+    """Whether `nbytes` is the size; False for what grows as it is written and for objects not asked for their size."""
+    keyed: bool = False
+    """Whether the region is objects of a store: then each range is a part of its own, and writing replaces whole objects."""
 
     _alone: tuple[Region] | None = None
 
@@ -70,6 +77,17 @@ class Region:
     def release(self) -> None:
         """Count one transfer less."""
         raise NotImplementedError
+
+    def whole(self, nbytes: int) -> Descriptor:
+        """Describe all of a region that has no size yet, when the other side of a transfer has `nbytes` bytes."""
+        return self[0:nbytes]
+
+    def check_target(self, offsets: Array, lengths: Array) -> None:
+        """Raise `DescriptorError` when these ranges, in order, cannot be written by one transfer."""
+
+    def replaced(self, offsets: Array) -> Iterable[Hashable]:
+        """Tell what writing at these offsets replaces as a whole: no two regions of one transfer may replace the same."""
+        return ()
 
     def __repr__(self) -> str:
         owner = "" if self.peer is None else f" of {self.peer!r}"
@@ -100,7 +118,7 @@ class Region:
         offset = operator.index(offset)
         if offset < 0:
             raise DescriptorError(f"offset is {offset}; it must not be negative")
-        chosen = _integers("indices", indices)
+        chosen = integers("indices", indices)
         n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
         allowed = f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes"
         _check_bounds("page index", chosen, n_pages, allowed)
@@ -114,8 +132,8 @@ class Region:
         Raises:
             DescriptorError: a range is negative or ends behind the region, or the two lists differ in length.
         """
-        starts = np.array(_integers("offsets", offsets))
-        lengths = _integers("nbytes", nbytes)
+        starts = np.array(integers("offsets", offsets))
+        lengths = integers("nbytes", nbytes)
         if len(lengths) == 1 and len(starts) != 1:
             lengths = _repeated(int(lengths[0]), len(starts))
         else:
@@ -287,7 +305,7 @@ class BlockLayout:
             return np.arange(length, dtype=np.int64)
         if isinstance(selection, slice):
             return np.arange(length, dtype=np.int64)[selection]
-        chosen = _integers(axis, selection)
+        chosen = integers(axis, selection)
         _check_bounds(f"{axis} index", chosen, length, f"the layout has {length} along axis {axis!r}")
         return chosen
 
@@ -321,12 +339,17 @@ class Side:
         """Return addresses `start:stop`; the arrays are views."""
         return Side(self.regions, self.addresses[start:stop], None if self.index is None else self.index[start:stop])
 
+    def choose(self, which: NDArray[np.bool_] | Array) -> Side:
+        """Return the addresses that an index array or a mask selects."""
+        return Side(self.regions, self.addresses[which], None if self.index is None else self.index[which])
+
 
 @dataclass(slots=True, eq=False)
 class Plan:
     """A checked, paired and coalesced transfer: `lengths[i]` bytes go from `src.addresses[i]` to `dst.addresses[i]`.
 
-    `part_ends[p]` is the number of bytes up to the end of part p, where each descriptor given for `src` is a part.
+    `part_ends[p]` is the number of bytes up to the end of part p, where each descriptor given for `src` is a part; with objects
+    on a side (of `dst`, if on both), each of its ranges.
     """
 
     src: Side
@@ -372,15 +395,15 @@ def make_plan(src: Places, dst: Places) -> Plan:
     """
     if isinstance(src, Descriptor) and isinstance(dst, Descriptor) and src.first is not None and dst.first is not None:
         return _plan_one(src, src.first, dst, dst.first)
+    src, dst = _settle(src, dst), _settle(dst, src)
     sources, targets = _as_descriptors("src", src), _as_descriptors("dst", dst)
     nbytes, wanted = sum(d.nbytes for d in sources), sum(d.nbytes for d in targets)
     _check_sizes(nbytes, wanted)
     for target in targets:
         _check_writable(target.region)
-    part_ends, total = [], 0
-    for source in sources:
-        total += source.nbytes
-        part_ends.append(total)
+    if targets[0].region.keyed:
+        _check_targets(targets)
+    part_ends = _part_ends(targets if targets[0].region.keyed else sources)
     a, a_lengths = _side(sources)
     b, b_lengths = _side(targets)
     if _page_nbytes(a_lengths) and _page_nbytes(a_lengths) == _page_nbytes(b_lengths):
@@ -392,7 +415,7 @@ def make_plan(src: Places, dst: Places) -> Plan:
             a, b, lengths = _pair_unequal(a, a_lengths, b, b_lengths)
         if not lengths.all():
             keep = lengths > 0
-            a, b, lengths = _choose(a, keep), _choose(b, keep), lengths[keep]
+            a, b, lengths = a.choose(keep), b.choose(keep), lengths[keep]
     if len(lengths) > 1:
         a, b, lengths = _coalesce(a, b, lengths, part_ends)
     return Plan(a, b, np.ascontiguousarray(lengths), nbytes, tuple(part_ends))
@@ -405,6 +428,8 @@ def _plan_one(src: Descriptor, first_src: int, dst: Descriptor, first_dst: int) 
     target.check_usable()
     _check_sizes(src.nbytes, dst.nbytes)
     _check_writable(target)
+    if target.keyed:
+        target.check_target(dst.offsets, dst.lengths)
     nbytes = src.nbytes
     stop = 1 if nbytes else 0
     row = np.array((source.address + first_src, target.address + first_dst, nbytes), np.int64)
@@ -418,7 +443,43 @@ def _check_sizes(nbytes: int, wanted: int) -> None:
 
 def _check_writable(region: Region) -> None:
     if region.readonly:
-        raise DescriptorError(f"dst region {region.name!r} is read-only; register writable memory to receive into")
+        hint = "register writable memory to receive into" if region.kind is MemoryKind.DRAM else "open it for writing"
+        raise DescriptorError(f"dst region {region.name!r} is read-only; {hint}")
+
+
+def _settle(place: Places, other: Places) -> Places:
+    """Give a place without a size the other side's."""
+    if not isinstance(place, Region) or place.sized:
+        return place
+    listed = [other] if isinstance(other, Region | Descriptor) else other
+    for one in listed:
+        if isinstance(one, Region) and not one.sized:
+            raise DescriptorError(f"neither {place!r} nor {one!r} has a size; slice one, or say nbytes where it is made")
+    return place.whole(sum(one.nbytes for one in listed))
+
+
+def _check_targets(targets: list[Descriptor]) -> None:
+    regions: dict[int, list[Descriptor]] = {}
+    for target in targets:
+        regions.setdefault(id(target.region), []).append(target)
+    for found in regions.values():
+        offsets, lengths = np.concatenate([d.offsets for d in found]), np.concatenate([d.lengths for d in found])
+        found[0].region.check_target(offsets, lengths)
+    if len(regions) > 1:
+        replaced: set[Hashable] = set()
+        for found in regions.values():
+            for one in found[0].region.replaced(np.concatenate([d.offsets for d in found])):
+                if one in replaced:
+                    raise DescriptorError(f"{found[0].region!r} is to be written with an object twice; give each once")
+                replaced.add(one)
+
+
+def _part_ends(places: list[Descriptor]) -> list[int]:
+    """Return how many bytes there are up to the end of each part: of each descriptor, or of each range of objects."""
+    if not places[0].region.keyed:
+        return list(itertools.accumulate(place.nbytes for place in places))
+    ends: list[int] = np.cumsum(np.concatenate([place.lengths for place in places])).tolist()
+    return ends
 
 
 def concatenate(plans: Sequence[Plan]) -> Plan:
@@ -453,7 +514,13 @@ def _positive(what: str, value: int) -> int:
     return number
 
 
-def _integers(what: str, values: ArrayLike) -> Array:
+def integers(what: str, values: ArrayLike) -> Array:
+    """Return whole numbers as a flat array, which may be the caller's own.
+
+    Raises:
+        TypeError: they are no integers.
+        DescriptorError: one of them does not fit 64 bits.
+    """
     array = np.asarray(values)
     if array.size == 0:
         return np.zeros(0, np.int64)
@@ -473,6 +540,9 @@ def _check_bounds(what: str, values: Array, limit: int, allowed: str) -> None:
 
 def _as_descriptors(what: str, places: Places) -> list[Descriptor]:
     listed = [places] if isinstance(places, Region | Descriptor) else list(places)
+    for place in listed:
+        if isinstance(place, Region) and not place.sized:
+            raise DescriptorError(f"{place!r} of {what} has no size; slice it, or say nbytes where it is made")
     found = [place[:] if isinstance(place, Region) else place for place in listed]
     for place in found:
         if not isinstance(place, Descriptor):
@@ -509,10 +579,6 @@ def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
     return Side(tuple(table), addresses, index), np.concatenate([d.lengths for d in descriptors])
 
 
-def _choose(side: Side, which: NDArray[np.bool_] | Array) -> Side:
-    return Side(side.regions, side.addresses[which], None if side.index is None else side.index[which])
-
-
 def _pair_unequal(a: Side, a_lengths: Array, b: Side, b_lengths: Array) -> tuple[Side, Side, Array]:
     a_ends, b_ends = np.cumsum(a_lengths), np.cumsum(b_lengths)
     ends = np.union1d(a_ends, b_ends)
@@ -522,7 +588,7 @@ def _pair_unequal(a: Side, a_lengths: Array, b: Side, b_lengths: Array) -> tuple
     def cut(side: Side, side_ends: Array, lengths: Array) -> Side:
         which = np.searchsorted(side_ends, starts, "right")
         inside = starts - (side_ends[which] - lengths[which])
-        chosen = _choose(side, which)
+        chosen = side.choose(which)
         return Side(chosen.regions, chosen.addresses + inside, chosen.index)
 
     return cut(a, a_ends, a_lengths), cut(b, b_ends, b_lengths), ends - starts
@@ -552,7 +618,7 @@ def _coalesce(a: Side, b: Side, lengths: Array, part_ends: Sequence[int]) -> tup
         merged *= page_nbytes
     else:
         merged = np.add.reduceat(lengths, starts)
-    return _choose(a, starts), _choose(b, starts), merged
+    return a.choose(starts), b.choose(starts), merged
 
 
 def _continues(side: Side, lengths: Array) -> NDArray[np.bool_]:
@@ -576,7 +642,7 @@ def _cut_long(a: Side, b: Side, lengths: Array, max_nbytes: int) -> tuple[Side, 
     which = np.repeat(np.arange(len(lengths)), counts)
     step = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_nbytes
     pieces = np.minimum(lengths[which] - step, max_nbytes)
-    a, b = _choose(a, which), _choose(b, which)
+    a, b = a.choose(which), b.choose(which)
     return Side(a.regions, a.addresses + step, a.index), Side(b.regions, b.addresses + step, b.index), pieces
 
 

@@ -16,11 +16,12 @@ from typing import Any
 
 from nixl_async.backend import Backend, Begun, Op, quiesce
 from nixl_async.descriptors import Plan
-from nixl_async.errors import BackendError, NixlError, PeerLost, Quarantined, TransferError
+from nixl_async.errors import BackendError, NixlError, PartsFailed, PeerLost, Quarantined, TransferError
 from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion
 from nixl_async.scheduler import Action, Finish, Scheduler, Start, Stop
+from nixl_async.storage import FileRegion
 from nixl_async.transfer import TransferRecord, TransferResult, TransferState
 
 logger = logging.getLogger("nixl_async.agent")
@@ -48,6 +49,8 @@ class Dispatcher:
         self.nbytes: dict[str, int] = {}
         self._transfer_ids = itertools.count(1)
         self._ops: dict[int, asyncio.Task[None]] = {}
+        # The ops that have told of parts of theirs.
+        self._told: set[int] = set()
         self._quiet: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._notifying: set[asyncio.Task[None]] = set()
@@ -192,6 +195,8 @@ class Dispatcher:
         for action in actions:
             match action:
                 case Start(name, op):
+                    if self._backends[name].reports:
+                        op.report = partial(self._part_settled, op)
                     task = self.loop.create_task(self._backends[name].copy(op))
                     self._ops[op.id] = task
                     task.add_done_callback(partial(self._op_ended, name, op))
@@ -213,22 +218,43 @@ class Dispatcher:
     def _op_ended(self, name: str, op: Op, task: asyncio.Task[None]) -> None:
         del self._ops[op.id]
         now = self.loop.time()
+        told = op.id in self._told
+        self._told.discard(op.id)
         if task.cancelled():
             error: BaseException | None = BackendError(f"{name}: the op was cancelled", backend=name, peer=op.peer)
         else:
             error = task.exception()
         if error is None:
             self.nbytes[name] = self.nbytes.get(name, 0) + op.nbytes
-            for transfer_id, start, nbytes in op.parts:
-                if (transfer := self.transfers.get(transfer_id)) is not None:
-                    transfer._progress(start, nbytes)
+            if not told:
+                self._reported(op, 0, op.nbytes, None)
             self._carry_out(self._scheduler.op_done(op.id, now))
         else:
             if not isinstance(error, NixlError):
                 wrapped = BackendError(f"{name}: {type(error).__name__}: {error}", backend=name, peer=op.peer)
                 wrapped.__cause__ = error
                 error = wrapped
-            self._carry_out(self._scheduler.op_failed(op.id, error, now))
+            if isinstance(error, PartsFailed) and (transfer := self.transfers.get(op.parts[0][0])) is not None:
+                error.parts = dict(transfer._errors or {})
+            # Parts that have been told of cannot be taken back by another attempt.
+            self._carry_out(self._scheduler.op_failed(op.id, error, now, final=told))
+
+    def _part_settled(self, op: Op, first: int, count: int, error: TransferError | None) -> None:
+        self._told.add(op.id)
+        self._reported(op, first, count, error)
+
+    def _reported(self, op: Op, first: int, count: int, error: TransferError | None) -> None:
+        """Tell the transfers that share an op of the bytes of it that are settled."""
+        at = 0
+        for transfer_id, start, nbytes in op.parts:
+            low, high = max(first, at), min(first + count, at + nbytes)
+            if low < high and (transfer := self.transfers.get(transfer_id)) is not None:
+                transfer._progress(start + low - at, high - low, error)
+            at += nbytes
+
+    def add_backend(self, name: str, backend: Backend) -> None:
+        """Take one more backend."""
+        self._scheduler.add_backend(name, backend.limits)
 
     def _finish(self, record: TransferRecord) -> None:
         transfer = self.transfers[record.id]
@@ -240,7 +266,7 @@ class Dispatcher:
         quarantined = isinstance(error, Quarantined)
         for side in (record.plan.src, record.plan.dst):
             for region in side.regions:
-                if quarantined and isinstance(region, MemoryRegion):
+                if quarantined and isinstance(region, MemoryRegion | FileRegion):
                     region.quarantined = True
                 else:
                     region.release()

@@ -14,6 +14,10 @@
     │   ├── AccessError(PermissionError)
     │   ├── PeerLost(ConnectionError)       the peer's process ended, or it cannot be reached any more
     │   ├── BackendError                    anything else a backend met; `__cause__` is the original
+    │   │   ├── OutOfSpace                  the device or the quota is full
+    │   │   └── IntegrityError              bytes arrived that do not match their checksum
+    │   ├── ConflictError(FileExistsError)  a conditional write found what it must not find
+    │   ├── PartsFailed                     some objects of a transfer failed; `parts` has each one's error
     │   └── Quarantined                     the hardware never became quiet: do not reuse the memory
     └── InternalError                       a fault in this library
         └── InvalidTransition               an event that the transfer's state does not allow
@@ -23,6 +27,7 @@ caller's, Transfer and Protocol the world's, Internal ours. `asyncio.CancelledEr
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class NixlError(Exception):
@@ -107,6 +112,29 @@ class PeerLost(TransferError, ConnectionError):
 
 class BackendError(TransferError):
     """Report a failure inside a backend; `__cause__` carries the original."""
+
+
+class OutOfSpace(BackendError):
+    """Report a device, file system or bucket that has no room for the bytes."""
+
+
+class IntegrityError(BackendError):
+    """Report bytes that do not match their checksum or their size; nothing of them is used."""
+
+
+class ConflictError(TransferError, FileExistsError):
+    """Report a conditional write whose condition does not hold: the object or file exists already."""
+
+
+class PartsFailed(TransferError):
+    """Report a transfer of many objects of which some failed; the others are in place.
+
+    `parts` maps the number of each part that failed, as `Transfer.parts` counts them, to its error.
+    """
+
+    def __init__(self, message: str, parts: dict[int, TransferError] | None = None, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.parts = parts or {}
 
 
 class Quarantined(TransferError):

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a transfer whose bytes are all in place: its position among the source descriptors, and its bytes."""
+    """A part of a transfer that is settled: its position among the descriptors or objects, its bytes, why it failed if it did."""
 
     index: int
     nbytes: int
+    error: TransferError | None = None
 
 
 class Transfer:
@@ -32,7 +33,19 @@ class Transfer:
     Cancelling a task that awaits it cancels the transfer (`asyncio.shield` prevents that).
     """
 
-    __slots__ = ("__weakref__", "_dispatcher", "_done", "_left", "_ready", "_record", "_waiters", "_watchers", "notify")
+    __slots__ = (
+        "__weakref__",
+        "_dispatcher",
+        "_done",
+        "_errors",
+        "_left",
+        "_ready",
+        "_record",
+        "_reported",
+        "_waiters",
+        "_watchers",
+        "notify",
+    )
 
     def __init__(self, dispatcher: Dispatcher, record: TransferRecord, notify: bytes | None) -> None:
         self._dispatcher = dispatcher
@@ -42,6 +55,8 @@ class Transfer:
         # Ten thousand of these may live at once: what most of them need not is made when it is needed.
         self._waiters: list[asyncio.Future[None]] | None = None
         self._watchers: list[asyncio.Future[None]] | None = None
+        self._errors: dict[int, TransferError] | None = None
+        self._reported = 0
         ends = record.plan.part_ends
         self._left: list[int] | None = None
         self._ready: list[int] | None = None
@@ -72,7 +87,7 @@ class Transfer:
     @property
     def nbytes_done(self) -> int:
         """The bytes known to be in place."""
-        return self._record.nbytes_done
+        return max(self._record.nbytes_done, self._reported)
 
     @property
     def history(self) -> list[tuple[float, str, str, str]]:
@@ -123,21 +138,24 @@ class Transfer:
         return self._wait().__await__()
 
     async def parts(self) -> AsyncIterator[Part]:
-        """Yield each part once as soon as its last byte is in place; a part is one descriptor given as `src`.
+        """Yield each part once as soon as its last byte is in place, or, with objects, as soon as it failed.
+
+        A part is one descriptor given as `src`; with objects on a side (of `dst`, if on both), each of its objects or ranges.
 
         Raises:
-            TransferError: the transfer failed; the parts yielded before are in place.
+            TransferError: the transfer failed as a whole; the parts yielded before are settled.
         """
         given = 0
         sizes = self._record.plan.part_ends
         while given < len(sizes):
             ready = self._ready
             if ready is None:
-                ready = [0] if self._record.nbytes_done == self.nbytes else []
+                ready = [0] if self.nbytes_done == self.nbytes or (self._errors and 0 in self._errors) else []
             while given < len(ready):
                 index = ready[given]
                 given += 1
-                yield Part(index, sizes[index] - (sizes[index - 1] if index else 0))
+                error = self._errors.get(index) if self._errors else None
+                yield Part(index, sizes[index] - (sizes[index - 1] if index else 0), error)
             if given < len(sizes):
                 if self._done:
                     self.result()
@@ -177,9 +195,15 @@ class Transfer:
         if not self._done:
             raise asyncio.InvalidStateError(f"transfer {self.id} is {self.state.name}")
 
-    def _progress(self, start: int, nbytes: int) -> None:
-        """Count `nbytes` bytes from `start` on as in place."""
+    def _progress(self, start: int, nbytes: int, error: TransferError | None = None) -> None:
+        """Count `nbytes` bytes from `start` on as in place, or as failed."""
+        if error is None:
+            self._reported += nbytes
+        elif self._errors is None:
+            self._errors = {}
         if self._left is None or self._ready is None:
+            if error is not None and self._errors is not None:
+                self._errors[0] = error
             self._tell_watchers()
             return
         ends = self._record.plan.part_ends
@@ -188,6 +212,8 @@ class Transfer:
             first = ends[index - 1] if index else 0
             moved = min(stop, ends[index]) - max(start, first)
             self._left[index] -= moved
+            if moved and error is not None and self._errors is not None:
+                self._errors[index] = error
             if moved and self._left[index] == 0:
                 self._ready.append(index)
         self._tell_watchers()

@@ -41,8 +41,13 @@ def open_buffer(obj: Any) -> Buffer:
     """
     try:
         on_cuda = hasattr(obj, "__cuda_array_interface__")
+    except (KeyError, TypeError) as error:
+        # torch's way to say that the interface has no name for a CUDA tensor's type.
+        on_cuda = getattr(obj, "is_cuda", False) is True
+        if not on_cuda:
+            raise RegistrationError(f"{_what(obj)} does not show its bytes: {error}") from error
     except RuntimeError as error:
-        # torch's way to say that a CUDA tensor requires grad, or is sparse.
+        # And that it requires grad, or is sparse.
         raise RegistrationError(f"{_what(obj)} does not show its bytes: {error}") from error
     buffer = _cuda_buffer(obj) if on_cuda else _host_buffer(obj)
     if buffer.nbytes == 0:
@@ -55,7 +60,15 @@ def _what(obj: object) -> str:
 
 
 def _cuda_buffer(obj: Any) -> Buffer:
+    if getattr(obj, "is_cuda", False) is True and hasattr(obj, "data_ptr"):
+        # torch: its interface has no type for bfloat16 and float8, which KV caches use.
+        if not _torch_bytes_ok(obj):
+            raise RegistrationError(f"{_what(obj)} is not C-contiguous; register tensor.contiguous() instead")
+        nbytes = obj.numel() * obj.element_size()
+        return Buffer(obj.data_ptr(), nbytes, MemoryKind.VRAM, obj.device.index or 0, False, obj)
     interface = obj.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise RegistrationError(f"{_what(obj)} is masked; register a plain array")
     shape, itemsize = interface["shape"], np.dtype(interface["typestr"]).itemsize
     nbytes = itemsize
     strides = interface.get("strides") or (None,) * len(shape)
@@ -119,7 +132,7 @@ def _torch_bytes_ok(obj: Any) -> bool:
     return True if check is None else bool(check())
 
 
-class _Held(Region):
+class Held(Region):
     """Counts the transfers that use a region, and tells when none does."""
 
     def __init__(self) -> None:
@@ -145,7 +158,7 @@ class _Held(Region):
             await self._idle.wait()
 
 
-class MemoryRegion(_Held):
+class MemoryRegion(Held):
     """Memory of this process, registered with an agent; made by `agent.register`.
 
     It keeps the object whose bytes it names alive. `await region.aclose()` (or `async with`) deregisters it: that
@@ -204,7 +217,7 @@ class MemoryRegion(_Held):
         await self.aclose()
 
 
-class RemoteRegion(_Held):
+class RemoteRegion(Held):
     """A peer's registered memory, learnt from its metadata; `peer.region(name)` finds it."""
 
     def __init__(

@@ -13,16 +13,18 @@ from nixl_async.membership import Membership
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Which backend would move bytes between two places, and why the others would not."""
+    """Which backend would move bytes between two places and `how`, and why the others would not."""
 
     route: str | None
     routes: tuple[str, ...]
     refusals: dict[str, str]
     segments: int
     nbytes: int
+    how: str = ""
 
     def __str__(self) -> str:
-        chosen = f"by {self.route}" if self.route else "no route"
+        way = f" ({self.how})" if self.how else ""
+        chosen = f"by {self.route}{way}" if self.route else "no route"
         lines = [f"{self.nbytes} bytes in {self.segments} segments: {chosen}"]
         lines += [f"  {name}: next in line" for name in self.routes[1:]]
         lines += [f"  {name}: no: {why}" for name, why in self.refusals.items()]
@@ -49,7 +51,7 @@ class Router:
         peer = None if name is None else self._membership.get(name)
         routes: list[str] = []
         for backend in self.backends.values():
-            if peer is not None and backend.name not in peer.backends:
+            if peer is not None and backend.name not in peer.backends and not backend.relays:
                 why: str | None = peer.refusals.get(backend.name, "it reaches no peers")
             else:
                 why = backend.refusal(plan.src, plan.dst)
@@ -57,7 +59,8 @@ class Router:
                 routes.append(backend.name)
             else:
                 refusals[backend.name] = why or f"backend={forced!r} was asked for"
-        return Explanation(routes[0] if routes else None, tuple(routes), refusals, len(plan.lengths), plan.nbytes)
+        how = self.backends[routes[0]].how(plan.src, plan.dst) if routes else ""
+        return Explanation(routes[0] if routes else None, tuple(routes), refusals, len(plan.lengths), plan.nbytes, how)
 
     def routes(self, plan: Plan, forced: str | None) -> tuple[str, ...]:
         """Return the backends that can copy a plan, the preferred first.
@@ -73,7 +76,7 @@ class Router:
             found = tuple(
                 name
                 for name, one in self.backends.items()
-                if name in peer.backends and one.refusal(plan.src, plan.dst) is None
+                if (name in peer.backends or one.relays) and one.refusal(plan.src, plan.dst) is None
             )
             if found:
                 self._routed = (plan.src.regions, plan.dst.regions), frozenset(peer.backends), found

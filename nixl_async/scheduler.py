@@ -115,6 +115,12 @@ class Scheduler:
         self._op_ids = itertools.count(1)
         self._actions: list[Action] = []
 
+    def add_backend(self, name: str, limits: Limits) -> None:
+        """Take one more backend."""
+        self._limits[name] = limits
+        self._usage[name] = _Usage()
+        self._lanes[name] = {}
+
     # Events. Each returns the actions that follow, in order.
 
     def submit(self, record: TransferRecord, now: float, *, start: bool = True) -> list[Action]:
@@ -152,13 +158,18 @@ class Scheduler:
         self._dispatch(flight.backend, now)
         return self._take_actions()
 
-    def op_failed(self, op_id: int, error: BaseException, now: float) -> list[Action]:
-        """Take note that the op ended without completing and is quiet; retry, move to the next route, or abort."""
+    def op_failed(self, op_id: int, error: BaseException, now: float, *, final: bool = False) -> list[Action]:
+        """Take note that the op ended without completing and is quiet; retry, move to the next route, or abort.
+
+        `final`: it must not be sent again, by no route.
+        """
         flight = self._land(op_id)
         for record, start, plan in flight.parts:
             record.in_flight -= 1
             if record.state is not TransferState.ACTIVE:
                 self._drained(record, now)
+            elif final:
+                self._decide(record, error, now)
             elif len(flight.parts) > 1 and not isinstance(error, PeerLost):
                 record.solo = True
                 self._requeue(record, [(start, plan)], now)
@@ -254,7 +265,7 @@ class Scheduler:
         assert head is not None
         start, plan = head.take()
         parts = [(head, start, plan)]
-        if head.solo or plan.nbytes > BATCH_NBYTES:
+        if head.solo or plan.nbytes > BATCH_NBYTES or not limits.batch:
             return parts
         nbytes, segments = plan.nbytes, len(plan.lengths)
         max_nbytes, max_segments = min(limits.max_op_nbytes, room), limits.max_op_segments

@@ -19,8 +19,10 @@ import uvloop
 from hypothesis import HealthCheck, settings
 
 from nixl_async import Agent
+from nixl_async.testing.servers import Server, azurite, gcs_emulator, seaweedfs
 from tests.agents import ROOT, TOKEN
 from tests.loops import LOOPS, debug_loop
+from tests.stores import running
 
 settings.register_profile("suite", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
@@ -74,9 +76,11 @@ class Footprint:
     @classmethod
     def take(cls) -> Footprint:
         # The threads of a loop's default executor live as long as the loop, which ends after this fixture.
-        lasting = {t.name for t in threading.enumerate() if t.name.startswith(("asyncio_", "uvloop_"))}
+        lasting = [t.name for t in threading.enumerate() if t.name.startswith(("asyncio_", "uvloop_"))]
         n_native = len(os.listdir("/proc/self/task")) - len(lasting)
-        return cls(_descriptors(), {t.name for t in threading.enumerate()} - lasting, n_native, set(os.listdir("/dev/shm")))
+        return cls(
+            _descriptors(), {t.name for t in threading.enumerate()} - set(lasting), n_native, set(os.listdir("/dev/shm"))
+        )
 
     def grown(self, now: Footprint) -> list[str]:
         extra = [f"fd {fd} -> {target}" for fd, target in now.fds.items() if self.fds.get(fd) != target]
@@ -164,3 +168,30 @@ async def agents() -> AsyncIterator[Callable[..., Awaitable[Agent]]]:
 def root() -> Path:
     """Return the checkout."""
     return ROOT
+
+
+# Servers of objects, one of each for the whole run.
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run SeaweedFS, the reference for S3's semantics."""
+    with running(lambda: seaweedfs(tmp_path_factory.mktemp("seaweedfs"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run Azurite, with a container "bench"."""
+    blob = pytest.importorskip("azure.storage.blob")
+    with running(lambda: azurite(tmp_path_factory.mktemp("azurite"), in_memory=True)) as server:
+        with blob.ContainerClient.from_connection_string(server.connection_string, "bench") as client:
+            client.create_container()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run the emulator of Google Cloud Storage."""
+    with running(lambda: gcs_emulator(tmp_path_factory.mktemp("gcs"))) as server:
+        yield server

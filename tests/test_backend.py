@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from nixl_async import AccessError, BackendError, ConfigurationError, PeerLost, load_backend
-from nixl_async.backend import BUILT_IN, Backend, Op, map_errors, quiesce
+from nixl_async import AccessError, BackendError, ConfigurationError, MissingDependency, PeerLost, StorageBackend, load_backend
+from nixl_async.backend import BUILT_IN, Backend, Op, StoreAddress, map_errors, quiesce
+from nixl_async.cuda import device_count
 from nixl_async.descriptors import Side
 
 
@@ -76,11 +77,17 @@ def test_errors_are_mapped_at_the_boundary() -> None:
 def test_ours_are_loaded_by_name(name: str) -> None:
     if name == "ucx":
         pytest.importorskip("ucxx")
+    if name in ("cuda", "gds"):
+        # The one says why it cannot be there, the other is loaded by the tests in tests/gpu.
+        if device_count() == 0:
+            with pytest.raises(MissingDependency, match="libcuda"):
+                load_backend(name)
+        return
     assert load_backend(name).name == name
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ConfigurationError, match=r"warp.*memory, samehost, tcp, ucx"):
+    with pytest.raises(ConfigurationError, match=r"warp.*azure, cuda, directory.*memory, posix.*samehost, staging, tcp, ucx"):
         load_backend("warp")
 
 
@@ -92,3 +99,23 @@ async def test_what_most_backends_need_not_say_has_a_default() -> None:
     with pytest.raises(BackendError, match="no notifications"):
         await idle.send_notification("p", b"")
     await idle.aclose()
+
+
+async def test_a_storage_backend_need_not_answer_questions() -> None:
+    class Silent(StorageBackend):
+        name = "silent"
+
+        def refusal(self, src: Side, dst: Side) -> str | None:
+            return None
+
+        async def copy(self, op: Op) -> None:
+            pass
+
+    silent, address = Silent(), StoreAddress("quiet", "b", "p/", (("secret", "s"),))
+    assert (str(address), "'s'" in repr(address)) == ("quiet://b/p/", False)
+    await silent.open_store(address)
+    for call in (silent.stat(address, ["k"]), silent.delete(address, ["k"]), silent.upload(address, "k", 1)):
+        with pytest.raises(BackendError, match="silent"):
+            await call
+    with pytest.raises(BackendError, match="silent"):
+        silent.list(address, "")

@@ -10,7 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from nixl_async import Agent, BackendError, Limits, MemoryRegion, Peer, PeerLost, RemoteRegion, TransferState
+from nixl_async import (
+    Agent,
+    BackendError,
+    Limits,
+    MemoryRegion,
+    Op,
+    PartsFailed,
+    Peer,
+    PeerLost,
+    RemoteRegion,
+    Transfer,
+    TransferError,
+    TransferState,
+)
 from nixl_async.backends.memory import MemoryBackend
 from nixl_async.testing import FaultyBackend, assert_same, pattern
 from tests.agents import TOKEN, connect
@@ -116,3 +129,73 @@ async def test_a_closing_agent_cancels_what_is_in_flight() -> None:
             await on.a.aclose()
         assert transfer.cancelled()
         assert on.wrapped.in_flight == 0
+
+
+# Backends that tell of parts.
+
+
+class Telling(MemoryBackend):
+    """Copies, and tells of the parts of an op as it was told to: `(first byte, bytes, error)`, and then how it ends."""
+
+    reports = True
+    limits = Limits(batch=False)
+
+    def __init__(self, tells: list[tuple[int, int, BackendError | None]], end: Exception | None = None) -> None:
+        super().__init__()
+        self.tells, self.end = tells, end
+        self.attempts = 0
+
+    async def copy(self, op: Op) -> None:
+        self.attempts += 1
+        await super().copy(op)
+        for start, nbytes, error in self.tells:
+            op.report(start, nbytes, error)
+        if self.end is not None:
+            raise self.end
+
+
+async def _told(
+    backend: Telling, n_parts: int = 4
+) -> tuple[list[tuple[int, BackendError | None]], BaseException | None, Transfer]:
+    async with Agent("a", backends=[backend]) as a:
+        src, dst = await a.register(pattern(n_parts * 100)), await a.register(np.zeros(n_parts * 100, np.uint8))
+        transfer = a.submit([src[i * 100 : (i + 1) * 100] for i in range(n_parts)], dst)
+        parts: list[tuple[int, BackendError | None]] = []
+        failed = None
+        try:
+            async for part in transfer.parts():
+                parts.append((part.index, part.error))  # type: ignore[arg-type]  # noqa: PERF401
+            await transfer
+        except TransferError as error:
+            failed = error
+        return parts, failed, transfer
+
+
+async def test_parts_are_settled_as_the_backend_tells() -> None:
+    parts, failed, transfer = await _told(Telling([(300, 100, None), (50, 50, None), (0, 50, None), (100, 200, None)]))
+    assert (parts, failed, transfer.nbytes_done) == ([(3, None), (0, None), (1, None), (2, None)], None, 400)
+
+
+async def test_a_backend_that_tells_of_nothing_has_told_of_all_when_it_ends() -> None:
+    parts, failed, _ = await _told(Telling([]))
+    assert (parts, failed) == ([(0, None), (1, None), (2, None), (3, None)], None)
+
+
+async def test_parts_that_failed_are_listed_by_the_error() -> None:
+    bad = BackendError("bad")
+    backend = Telling([(0, 100, None), (100, 200, bad), (300, 100, None)], PartsFailed("some failed"))
+    parts, failed, transfer = await _told(backend)
+    assert sorted(parts, key=lambda part: part[0]) == [(0, None), (1, bad), (2, bad), (3, None)]
+    assert isinstance(failed, PartsFailed)
+    assert (failed.parts, transfer.nbytes_done, backend.attempts) == ({1: bad, 2: bad}, 200, 1)
+
+
+@pytest.mark.parametrize("retryable", [False, True])
+async def test_what_told_of_parts_is_not_sent_again(retryable: bool) -> None:
+    backend = Telling([(0, 100, None)], BackendError("in the middle", retryable=retryable))
+    parts, failed, transfer = await _told(backend)
+    assert (parts, backend.attempts, transfer.nbytes_done) == ([(0, None)], 1, 100)
+    assert "in the middle" in str(failed)
+    silent = Telling([], BackendError("at the start", retryable=retryable))
+    await _told(silent)
+    assert silent.attempts == (4 if retryable else 1)

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from nixl_async import errors
-from nixl_async.errors import NixlError, NoRoute, PeerLost, TransferError
+from nixl_async.errors import NixlError, NoRoute, NotFoundError, PartsFailed, PeerLost, TransferError
 
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
 COUSINS = {
@@ -19,6 +19,9 @@ COUSINS = {
     errors.NotFoundError: FileNotFoundError,
     errors.AccessError: PermissionError,
     errors.PeerLost: ConnectionError,
+    errors.ConflictError: FileExistsError,
+    errors.OutOfSpace: errors.BackendError,
+    errors.IntegrityError: errors.BackendError,
 }
 
 
@@ -71,3 +74,10 @@ def test_no_route_lists_who_refused() -> None:
 def test_a_timeout_or_cancellation_is_none_of_ours() -> None:
     assert not issubclass(asyncio.CancelledError, NixlError)
     assert [kind for kind in ALL if issubclass(kind, TimeoutError | asyncio.CancelledError)] == []
+
+
+def test_failed_parts_survive_pickling() -> None:
+    error = PartsFailed("2 objects failed", {3: NotFoundError("gone", backend="s3")}, backend="s3")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.backend, list(copy.parts), str(copy.parts[3])) == ("2 objects failed", "s3", [3], "gone")
+    assert PartsFailed("none").parts == {}

@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import subprocess
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,50 @@ def test_cuda_memory_is_described(interface: dict[str, Any], nbytes: int) -> Non
 def test_cuda_memory_with_gaps_is_refused(interface: dict[str, Any]) -> None:
     with pytest.raises(RegistrationError, match="not C-contiguous"):
         open_buffer(OnDevice(**interface))
+
+
+class CudaTensor:
+    """Shows memory the way torch does; of some types it cannot say the name."""
+
+    is_cuda = True
+
+    def __init__(self, contiguous: bool = True, index: int | None = 2) -> None:
+        self._contiguous = contiguous
+        self.device = types.SimpleNamespace(index=index)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        raise KeyError("bfloat16")
+
+    def data_ptr(self) -> int:
+        return 0x7000
+
+    def numel(self) -> int:
+        return 12
+
+    def element_size(self) -> int:
+        return 2
+
+    def is_contiguous(self) -> bool:
+        return self._contiguous
+
+
+def test_cuda_tensors_of_any_type_are_described() -> None:
+    buffer = open_buffer(CudaTensor())
+    assert (buffer.address, buffer.nbytes, buffer.kind, buffer.device) == (0x7000, 24, MemoryKind.VRAM, 2)
+    assert open_buffer(CudaTensor(index=None)).device == 0
+    with pytest.raises(RegistrationError, match="contiguous"):
+        open_buffer(CudaTensor(contiguous=False))
+
+
+def test_cuda_memory_that_does_not_show_its_bytes_is_refused() -> None:
+    class Nameless(CudaTensor):
+        is_cuda = False
+
+    with pytest.raises(RegistrationError, match="bfloat16"):
+        open_buffer(Nameless())
+    with pytest.raises(RegistrationError, match="masked"):
+        open_buffer(OnDevice(mask=OnDevice()))
 
 
 def test_empty_cuda_memory_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,27 @@ async def test_refusals_say_why() -> None:
         assert set(caught.value.refusals) == {"memory", "tcp"}
         with pytest.raises(ConfigurationError, match="no backend 'fax'; it has memory, tcp"):
             await a.transfer(here[0:10], here[10:20], backend="fax")
+
+
+async def test_storage_of_ours_and_memory_of_a_peer_go_through_us(tmp_path: Path) -> None:
+    async with (
+        two_agents(backends=["memory", "tcp", "posix"]) as (a, b, peer),
+        a.file(tmp_path / "f", "w", nbytes=4096) as file,
+    ):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        there = peer.region("kv")
+        explained = a.explain(there, file)
+        assert (explained.route, explained.how) == ("staging", "memory, then posix")
+        assert "by staging (memory, then posix)" in str(explained)
+        assert "the memory is peer 'b's" in explained.refusals["posix"] or "no peers" in explained.refusals["posix"]
+        # Between memories nothing is staged, and neither is what one backend does.
+        assert "no storage" in a.explain(here, there).refusals["staging"]
+        assert "single backend" in a.explain(here, file).refusals["staging"]
+        assert a.explain(here, file).route == "posix"
+        assert (await a.transfer(file, there)).route == "staging"
+        assert (await a.transfer(here, there)).route == "memory"
 
 
 async def test_what_the_peer_no_longer_has_is_not_chosen_again() -> None:

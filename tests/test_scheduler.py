@@ -163,6 +163,37 @@ def test_a_transfer_starts_at_once_and_finishes_with_its_last_op() -> None:
     assert record.result() == (100, 2.0, 0.0, 3, "wire")
 
 
+def test_a_backend_that_wants_no_batches_gets_each_transfer_by_itself() -> None:
+    bench = Bench(store=Limits(max_ops=3, batch=False))
+    for _ in range(5):
+        bench.submit(nbytes=10)
+    assert bench.order() == [[1], [2], [3]]
+    bench.done()
+    bench.done()
+    assert bench.order() == [[1], [2], [3], [4], [5]]
+
+
+def test_an_op_that_has_told_of_its_parts_is_not_sent_again() -> None:
+    for error in (BackendError("busy", retryable=True), BackendError("broken")):
+        bench = Bench(first=Limits(), second=Limits())
+        record = bench.submit(nbytes=100)
+        bench.running.clear()
+        bench.take(bench.scheduler.op_failed(1, error, 0.0, final=True))
+        assert bench.finished == [record]
+        assert (record.state, record.error, record.attempts) == (TransferState.FAILED, error, 1)
+        assert bench.scheduler.next_wakeup() is None
+
+
+def test_a_backend_may_come_later() -> None:
+    bench = Bench(wire=ONE)
+    bench.scheduler.add_backend("store", Limits(max_ops=2, batch=False))
+    bench.submit(nbytes=100)
+    for _ in range(3):
+        bench.submit(nbytes=100, routes=("store",))
+    assert [name for name, _ in bench.started] == ["wire", "store", "store"]
+    assert bench.scheduler.in_flight("store") == (2, 200)
+
+
 def test_nothing_to_move_is_done_at_once() -> None:
     bench = Bench()
     record = bench.submit(nbytes=0)

@@ -17,7 +17,7 @@ from bench.workers.mover import Mover
 MODULES = ("nixl_cu12._api", "nixl_cu13._api", "nixl._api")
 
 
-def _load() -> Any:
+def load() -> Any:
     for name in MODULES:
         try:
             return importlib.import_module(name)
@@ -34,7 +34,7 @@ class Nixl(Mover):
         """Create the agent and register the buffer."""
         self.allocate(nbytes)
         with silence():
-            api = _load()
+            api = load()
             self.agent = api.nixl_agent(role, api.nixl_agent_config(backends=[]))
             self.agent.create_backend("UCX", {})
             self.agent.register_memory([(self.buffer.ctypes.data, nbytes, 0, "kv")], "DRAM")

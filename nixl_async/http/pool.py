@@ -1,0 +1,227 @@
+"""The connections to one server: as many as the work needs, up to a limit; requests wait for one in order."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from nixl_async.http.connection import Connection, connect
+from nixl_async.http.messages import HTTPError, Request, Response
+
+BUDGET_SECONDS = 0.0006
+"""How long one loop iteration may spend on sending and receiving; what is left is taken up in the next."""
+SCRATCH_NBYTES = 72 << 10
+COOL_SECONDS = 1.0
+"""How long no connection is tried after one was refused while others are open."""
+MAX_NBYTES = 128 << 20
+"""Requests wait while those on their way move this many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """Where the server is and how patient we are. `connect_timeout`, `read_timeout` (silence) and `idle_timeout` are in seconds."""
+
+    host: str
+    port: int
+    context: ssl.SSLContext | None = None
+    server_name: str = ""
+    max_connections: int = 64
+    connect_timeout: float = 10.0
+    read_timeout: float = 60.0
+    idle_timeout: float = 30.0
+
+
+class Pool:
+    """Sends requests to one server. One loop, one thread."""
+
+    def __init__(self, options: PoolOptions, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.options = options
+        self.scratch_bytes = bytearray(SCRATCH_NBYTES)
+        self.scratch = memoryview(self.scratch_bytes)
+        self.opened = 0
+        """How many connections there have been."""
+        self._idle: list[Connection] = []
+        self._busy: set[Connection] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._waiting: deque[Request] = deque()
+        self._nbytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._spent = 0.0
+        self._cool_until = 0.0
+        self._closed = False
+
+    async def request(self, request: Request) -> Response:
+        """Send a request and return the response; when cancelled, nothing moves on its account any more.
+
+        Raises:
+            HTTPError: there was no response, or none that could be used.
+        """
+        if self._closed:
+            raise HTTPError("the pool is closed", retryable=False)
+        future: asyncio.Future[Response] = self.loop.create_future()
+        request.future = future
+        self._waiting.append(request)
+        self._pump()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._abort(request)
+            raise
+
+    async def aclose(self) -> None:
+        """Close every connection; requests under way fail."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in list(self._connecting):
+            task.cancel()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+        for connection in [*self._idle, *self._busy]:
+            request = connection.request
+            connection.close()
+            if request is not None and request.future is not None and not request.future.done():
+                request.future.set_exception(HTTPError("the pool is closed", retryable=False))
+        while self._waiting:
+            request = self._waiting.popleft()
+            if request.future is not None and not request.future.done():
+                request.future.set_exception(HTTPError("the pool is closed", retryable=False))
+        self._idle.clear()
+        self._busy.clear()
+
+    # The loop's time.
+
+    def may_work(self) -> float:
+        """Return the time, or 0.0 when this iteration of the loop has moved enough."""
+        return time.perf_counter() if self._spent < BUDGET_SECONDS else 0.0
+
+    def may_go_on(self, started: float) -> bool:
+        """Tell whether there is time left for more of the work that began at `started`."""
+        return self._spent + time.perf_counter() - started < BUDGET_SECONDS
+
+    async def turn(self) -> float:
+        """Wait for an iteration of the loop that has time left; return the time."""
+        while not (started := self.may_work()):  # noqa: ASYNC110 - an iteration is what it waits for
+            await asyncio.sleep(0)
+        return started
+
+    def worked(self, started: float) -> None:
+        """Count the time since `started` against this iteration."""
+        if self._spent == 0.0:
+            self.loop.call_soon(self._next_iteration)
+        self._spent += time.perf_counter() - started + 1e-9
+
+    def _next_iteration(self) -> None:
+        self._spent = 0.0
+
+    # What connections report.
+
+    def finished(self, connection: Connection, request: Request) -> None:
+        """A request is over; give the connection the next one."""
+        self._busy.discard(connection)
+        self._nbytes -= request.nbytes
+        if not connection.closed and not self._closed:
+            connection.active_at = self.loop.time()
+            self._idle.append(connection)
+        self._pump()
+
+    def dropped(self, connection: Connection) -> None:
+        """An idle connection is gone."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def resend(self, connection: Connection, request: Request) -> None:
+        """A connection turned out to be closed before the request was read; send it on another."""
+        self._busy.discard(connection)
+        self._nbytes -= request.nbytes
+        request.connection = None
+        request.resent = True
+        # What was idle as long may be closed as well.
+        for one in self._idle:
+            one.close()
+        self._idle.clear()
+        self._waiting.appendleft(request)
+        self._pump()
+
+    # The machine.
+
+    def _pump(self) -> None:
+        while self._waiting and self._idle:
+            request = self._waiting[0]
+            if request.future is None or request.future.done():
+                self._waiting.popleft()
+                continue
+            if self._busy and self._nbytes + request.nbytes > MAX_NBYTES:
+                break
+            self._waiting.popleft()
+            connection = self._idle.pop()
+            self._busy.add(connection)
+            self._nbytes += request.nbytes
+            connection.start(request)
+        if self._closed:
+            return
+        if not self._idle and not ((self._busy or self._connecting) and self.loop.time() < self._cool_until):
+            room = self.options.max_connections - len(self._busy) - len(self._connecting)
+            for _ in range(min(room, len(self._waiting) - len(self._connecting))):
+                task = self.loop.create_task(self._connect())
+                self._connecting.add(task)
+                task.add_done_callback(self._connecting.discard)
+        if self._timer is None and (self._busy or self._idle):
+            self._timer = self.loop.call_later(min(1.0, self.options.read_timeout / 4), self._tick)
+
+    async def _connect(self) -> None:
+        options = self.options
+        try:
+            async with asyncio.timeout(options.connect_timeout):
+                sock = await connect(
+                    self.loop, options.host, options.port, options.context, options.server_name, options.connect_timeout / 3
+                )
+        except (OSError, TimeoutError) as error:
+            self._connecting.discard(asyncio.current_task())
+            reason = f"{error}" or f"no answer within {options.connect_timeout:g} s"
+            # A certificate does not become right by asking again.
+            wrong = isinstance(error, ssl.SSLCertVerificationError)
+            if (self._busy or self._idle) and not wrong:
+                # The server takes no more connections; those that are open serve whoever waits.
+                self._cool_until = self.loop.time() + COOL_SECONDS
+                self._pump()
+            else:
+                self._fail_one(HTTPError(f"cannot connect to {options.host}:{options.port}: {reason}", retryable=not wrong))
+            return
+        self._connecting.discard(asyncio.current_task())
+        self.opened += 1
+        self._idle.append(Connection(self, sock))
+        self._pump()
+
+    def _fail_one(self, error: HTTPError) -> None:
+        while self._waiting:
+            request = self._waiting.popleft()
+            if request.future is not None and not request.future.done():
+                request.future.set_exception(error)
+                break
+        self._pump()
+
+    def _abort(self, request: Request) -> None:
+        connection = request.connection
+        if connection is None:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            return
+        connection.request = request.connection = None
+        connection.close()
+        self._busy.discard(connection)
+        self._nbytes -= request.nbytes
+        self._pump()
+
+    def _tick(self) -> None:
+        self._timer = None
+        now, options = self.loop.time(), self.options
+        for connection in [one for one in self._busy if now - one.active_at > options.read_timeout]:
+            connection.expire(options.read_timeout)
+        for connection in [one for one in self._idle if now - one.active_at > options.idle_timeout]:
+            connection.close()
+            self._idle.remove(connection)
+        self._pump()

@@ -1,0 +1,20 @@
+/* Reading and writing files by lists of segments: io_uring where the kernel allows it, preadv and pwritev where not. */
+
+typedef struct nx_ring nx_ring;
+
+/* Opens a ring for `depth` requests at once; NULL and *error = errno if there is no io_uring. Only the thread that opened it uses it. */
+nx_ring *nx_ring_open(unsigned int depth, int *error);
+void nx_ring_close(nx_ring *ring);
+
+/* Asks which alignment direct I/O on fd needs of memory and of offsets, in bytes; 4096 if the kernel does not say. */
+void nx_file_align(int fd, int64_t *memory, int64_t *offset);
+
+/* Reads (put == 0) or writes n segments: lengths[i] bytes at offsets[i] of fds[i], from or to addresses[i]. direct_fds[i] >= 0 goes
+   past the page cache. Returns 0; -ECANCELED when *stop became nonzero; -ENODATA when a file ended too soon; -errno. Nothing
+   moves any more when it returns. *failed is the segment that the error belongs to. ring may be NULL. */
+int nx_file_run(nx_ring *ring, int put, const int32_t *fds, const int32_t *direct_fds, const int64_t *offsets,
+                const int64_t *addresses, const int64_t *lengths, int64_t n, int64_t memory_align, int64_t offset_align,
+                const int32_t *stop, int64_t *failed);
+
+/* Reads n segments out of the page cache without ever waiting for a device; 1 if all of it was there, else 0. */
+int nx_file_cached(int fd, const int64_t *offsets, const int64_t *addresses, const int64_t *lengths, int64_t n);

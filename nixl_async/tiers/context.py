@@ -1,0 +1,145 @@
+"""What the tiers share: the agent, the block size, threads for blocking work, and memory to pass blocks through."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from nixl_async.backend import quiesce
+from nixl_async.memory import MemoryRegion
+from nixl_async.tiers.blocks import Blocks
+from nixl_async.tiers.checksums import NONE, best_kind, checksum_blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nixl_async.agent import Agent
+
+T = TypeVar("T")
+U = TypeVar("U")
+N_THREADS = 2
+
+
+class Context:
+    """What every tier of one `Tiers` uses. `checksum=False` writes blocks without one, `verify=False` checks none."""
+
+    def __init__(self, agent: Agent, block_nbytes: int, *, checksum: bool = True, verify: bool = True) -> None:
+        self.agent = agent
+        self.block_nbytes = block_nbytes
+        self.kind = best_kind() if checksum else NONE
+        self.verify = verify
+        self._threads = ThreadPoolExecutor(N_THREADS, thread_name_prefix=f"nixl-tiers-{agent.name}")
+
+    async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run blocking work on a thread; wait for its end even when cancelled, since it uses the caller's memory."""
+        return await quiesce(asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments))
+
+    async def checksums(self, kind: int, keys: Sequence[bytes], blocks: Blocks) -> NDArray[np.uint64]:
+        """Return the checksum of each block, zeros for kind NONE."""
+        if kind == NONE:
+            return np.zeros(len(keys), np.uint64)
+        return await self.on_thread(lambda: checksum_blocks(kind, keys, blocks.views()))
+
+    async def verified(
+        self,
+        keys: Sequence[bytes],
+        blocks: Blocks,
+        sums: NDArray[np.uint64],
+        kinds: NDArray[np.uint8],
+        errors: Sequence[object],
+    ) -> NDArray[np.bool_]:
+        """Tell which blocks have the checksum they should have; those without one pass, those with an error are not looked at."""
+        good = np.ones(len(keys), np.bool_)
+        if not self.verify:
+            return good
+        here = np.array([error is None for error in errors], np.bool_)
+        for kind in np.unique(kinds[here]).tolist():
+            if kind == NONE:
+                continue
+            which = np.flatnonzero((kinds == kind) & here)
+            mine = blocks if len(which) == len(keys) else blocks.take(which)
+            found = await self.checksums(kind, [keys[at] for at in which.tolist()], mine)
+            good[which] = found == sums[which]
+        return good
+
+    def close(self) -> None:
+        """End the threads; nothing may run on them."""
+        self._threads.shutdown()
+
+
+async def together(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
+    """Await both; when this raises, both have ended."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            a, b = group.create_task(first), group.create_task(second)
+    except BaseExceptionGroup as errors:
+        raise bare(errors) from None
+    return a.result(), b.result()
+
+
+def bare(error: BaseException) -> BaseException:
+    """Return the first error of a group that is no group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def heard(future: asyncio.Future[Any]) -> None:
+    """Take note of a future's error, as a callback, so that it is not reported as lost when all who waited were cancelled."""
+    if not future.cancelled():
+        future.exception()
+
+
+def allocate(nbytes: int) -> mmap.mmap:
+    """Return memory of our own, in huge pages where the system has them."""
+    memory = mmap.mmap(-1, nbytes)
+    with suppress(OSError, ValueError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class Slots:
+    """Registered memory cut into equal slots that are taken and given back; takers wait in turn."""
+
+    def __init__(self, region: MemoryRegion, slot_nbytes: int) -> None:
+        self.region = region
+        self.slot_nbytes = slot_nbytes
+        self.n_slots = region.nbytes // slot_nbytes
+        self._free = list(range(self.n_slots - 1, -1, -1))
+        self._turn = asyncio.Lock()
+        self._given = asyncio.Event()
+
+    @classmethod
+    async def make(cls, context: Context, n_slots: int, slot_nbytes: int) -> Slots:
+        """Allocate and register."""
+        return cls(await context.agent.register(allocate(n_slots * slot_nbytes)), slot_nbytes)
+
+    def blocks(self, slots: Sequence[int]) -> Blocks:
+        """Return slots as blocks."""
+        offsets = np.asarray(slots, np.int64).reshape(-1, 1) * self.slot_nbytes
+        return Blocks(self.region, offsets, np.full(offsets.shape, self.slot_nbytes, np.int64), self.slot_nbytes)
+
+    async def take(self, n: int) -> list[int]:
+        """Take `n` slots, `n_slots` at most; waits for them, in turn."""
+        async with self._turn:
+            while len(self._free) < n:
+                self._given.clear()
+                await self._given.wait()
+            taken = self._free[-n:]
+            del self._free[-n:]
+            return taken
+
+    def give(self, slots: Sequence[int]) -> None:
+        """Give slots back."""
+        self._free.extend(slots)
+        self._given.set()
+
+    async def aclose(self) -> None:
+        """Deregister the memory."""
+        await self.region.aclose()

@@ -1,0 +1,125 @@
+"""What a process knows of a directory's index: which block is in which slot, as a dict and arrays, so that asking costs no SQL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nixl_async.tiers.index import FULL, Row, Stored
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nixl_async.descriptors import Array
+
+
+class SlotTable:
+    """The slots of a directory. Changed on the loop only; `oldest` reads it from a thread, where an old value does no harm."""
+
+    def __init__(self, n_slots: int) -> None:
+        self.slot_of: dict[bytes, int] = {}
+        self.keys: list[bytes | None] = [None] * n_slots
+        self.generation = np.zeros(n_slots, np.int64)
+        self.full = np.zeros(n_slots, np.bool_)
+        self.checksum = np.zeros(n_slots, np.uint64)
+        self.kind = np.zeros(n_slots, np.uint8)
+        self.stored = np.zeros(n_slots, np.float64)
+        self.used = np.zeros(n_slots, np.float64)
+        self.pins = np.zeros(n_slots, np.int32)
+        self._touched: dict[int, None] = {}
+
+    def load(self, rows: Iterable[Row]) -> None:
+        """Take in rows of the index, in order of their changes."""
+        for row in rows:
+            if row.slot >= len(self.keys):
+                continue
+            if row.generation < self.generation[row.slot]:
+                continue
+            if row.state != FULL or row.key is None:
+                if self.full[row.slot] and self.generation[row.slot] == row.generation:
+                    # Within a generation a slot is reserved before it is full: the row was read before that.
+                    continue
+                self.forget(row.slot)
+                self.generation[row.slot] = row.generation
+                continue
+            if self.full[row.slot] and self.generation[row.slot] == row.generation:
+                self.used[row.slot] = max(self.used[row.slot], row.used)
+                continue
+            self._fill(row.slot, row.generation, row.key, row.checksum & 0xFFFFFFFFFFFFFFFF, row.kind, row.stored, row.used)
+
+    def store(self, blocks: Sequence[Stored], generations: Sequence[int]) -> None:
+        """Take in blocks that this process has stored."""
+        for block, generation in zip(blocks, generations, strict=True):
+            if not (self.full[block.slot] and self.generation[block.slot] >= generation):
+                checksum = block.checksum & 0xFFFFFFFFFFFFFFFF
+                self._fill(block.slot, generation, block.key, checksum, block.kind, block.stored, block.stored)
+
+    def _fill(self, slot: int, generation: int, key: bytes, checksum: int, kind: int, stored: float, used: float) -> None:
+        self.forget(slot)
+        self.generation[slot] = generation
+        self.checksum[slot] = checksum
+        self.kind[slot] = kind
+        self.stored[slot] = stored
+        self.full[slot] = True
+        self.keys[slot] = key
+        self.used[slot] = used
+        other = self.slot_of.get(key)
+        if other is not None:
+            # Two processes stored it at the same time, or the older one is too old: that slot is the first to be used again.
+            if stored < self.stored[other]:
+                self.used[slot] = 0.0
+                return
+            self.used[other] = 0.0
+        self.slot_of[key] = slot
+
+    def forget(self, slot: int) -> None:
+        """Take a slot's block out."""
+        key = self.keys[slot]
+        if key is not None and self.slot_of.get(key) == slot:
+            del self.slot_of[key]
+        self.keys[slot] = None
+        self.full[slot] = False
+        self._touched.pop(slot, None)
+
+    def touch(self, slots: Array) -> None:
+        """Note that slots are used."""
+        self.used[slots] = time.time()
+        self._touched.update(dict.fromkeys(slots.tolist()))
+
+    def take_touched(self) -> list[tuple[int, int, float]]:
+        """Return (slot, generation, time) of what was used since this was last called."""
+        slots = np.fromiter(self._touched, np.int64, len(self._touched))
+        self._touched.clear()
+        return list(zip(slots.tolist(), self.generation[slots].tolist(), self.used[slots].tolist(), strict=True))
+
+    def oldest(self, n: int, ttl: float | None) -> list[tuple[int, int]]:
+        """Return `n` slots, (slot, generation), that nobody reads: those too old first, then the least recently used."""
+        candidates = np.flatnonzero(self.full & (self.pins == 0))
+        used = self.used[candidates]
+        if ttl is not None:
+            used = np.where(self.stored[candidates] + ttl < time.time(), 0.0, used)
+        if len(candidates) > n:
+            chosen = np.argpartition(used, n)[:n]
+            candidates, used = candidates[chosen], used[chosen]
+        found = candidates[np.argsort(used, kind="stable")]
+        return list(zip(found.tolist(), self.generation[found].tolist(), strict=True))
+
+    def young(self, ttl: float) -> Container[bytes]:
+        """Return the keys of the blocks that have not outlived `ttl` seconds, for `in`."""
+        return _Young(self, ttl)
+
+    def expired(self, ttl: float) -> NDArray[np.int64]:
+        """Return the slots whose blocks have outlived `ttl` seconds."""
+        return np.flatnonzero(self.full & (self.stored + ttl < time.time()))
+
+
+class _Young:
+    def __init__(self, table: SlotTable, ttl: float) -> None:
+        self._table, self._limit = table, time.time() - ttl
+
+    def __contains__(self, key: object) -> bool:
+        slot = self._table.slot_of.get(key)  # type: ignore[call-overload]
+        return slot is not None and bool(self._table.stored[slot] >= self._limit)
