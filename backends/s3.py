@@ -83,6 +83,7 @@ ASKED_AT_ONCE = 32
 PIECES_AT_ONCE = 16
 """Of one large object: those that are hashed or on their way when a transfer is cancelled are waited for, or sent again."""
 TORN_ATTEMPTS = 3
+LATE_PARTS_SECONDS = (0.1, 0.3, 0.6)
 ABORT_SECONDS = 2.0
 """How long a failed or cancelled transfer waits for its upload to be dropped; it goes on being dropped behind its back."""
 
@@ -529,7 +530,7 @@ class _S3Upload(Upload):
         self._backend, self._bucket, self._key, self._id, self._mark = backend, bucket, key, upload_id, mark
         self._only_new = {"IfNoneMatch": "*"} if if_none_match else {}
         self._parts: dict[int, dict[str, Any]] = {}
-        self._ended = False
+        self._ended = self._broken_off = False
 
     async def put(self, number: int, source: Side, lengths: Array) -> None:
         """Send a part."""
@@ -537,6 +538,13 @@ class _S3Upload(Upload):
 
     async def put_views(self, number: int, body: list[memoryview]) -> None:
         """Send a part out of these views."""
+        try:
+            self._parts[number] = await self._put_views(number, body)
+        except BaseException:
+            self._broken_off = True
+            raise
+
+    async def _put_views(self, number: int, body: list[memoryview]) -> dict[str, Any]:
         options = self._bucket.options
         checksum = f"Checksum{options.checksum.upper()}" if options.checksum else ""
         part: dict[str, Any] = {"PartNumber": number + 1}
@@ -552,7 +560,7 @@ class _S3Upload(Upload):
             part["ETag"] = response.headers.get("etag", "")
             if found := response.headers.get(f"x-amz-checksum-{options.checksum}"):
                 part[checksum] = found
-        self._parts[number] = part
+        return part
 
     async def finish(self) -> None:
         """Complete the upload; a cancellation meanwhile waits for that."""
@@ -580,7 +588,18 @@ class _S3Upload(Upload):
         """Drop the parts; a cancellation meanwhile waits for that."""
         if not self._ended:
             self._ended = True
-            await self._backend._drop(self._ask("abort_multipart_upload"))
+            await self._backend._drop(self._abandon())
+
+    async def _abandon(self) -> None:
+        await self._ask("abort_multipart_upload")
+        # A server may take a part, and with it the upload, that it had received when its connection was closed.
+        for seconds in LATE_PARTS_SECONDS if self._broken_off else ():
+            await asyncio.sleep(seconds)
+            try:
+                await self._ask("list_parts")
+            except NotFoundError:
+                return
+            await self._ask("abort_multipart_upload")
 
     async def _ask(self, operation: str, **arguments: Any) -> Any:
         more = payer(self._bucket.options) | arguments

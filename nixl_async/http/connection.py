@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nixl_async.http.messages import (
@@ -106,6 +108,13 @@ class Connection:
             self.pool.loop.remove_writer(self._fd)
         self._out = []
         self._socket.close()
+
+    def abort(self) -> None:
+        """Close, and let the kernel forget what it has not sent yet."""
+        if not self.closed:
+            with suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
 
     # Sending.
 

@@ -211,7 +211,7 @@ class Pool:
                 self._waiting.remove(request)
             return
         connection.request = request.connection = None
-        connection.close()
+        connection.abort()
         self._busy.discard(connection)
         self._nbytes -= request.nbytes
         self._pump()
