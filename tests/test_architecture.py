@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "nixl_async/demo/": "tests/test_cli.py",
     "nixl_async/testing/": "tests/test_testing.py",
     "nixl_async/native/": "tests/test_native.py",
+    "nixl_async/http/__init__.py": "tests/http/test_pool.py",
     "nixl_async/tiers/__init__.py": "tests/tiers/test_store.py",
     "backends/__init__.py": "tests/backends/test_conformance.py",
 }
@@ -36,7 +37,8 @@ def _test_of(source: Path) -> str:
         if text.startswith(start):
             return test
     room = "tests/backends" if text.startswith("backends/") else "tests"
-    room = "tests/tiers" if text.startswith("nixl_async/tiers/") else room
+    for name in ("http", "tiers"):
+        room = f"tests/{name}" if text.startswith(f"nixl_async/{name}/") else room
     return f"{room}/test_{source.stem}.py"
 
 

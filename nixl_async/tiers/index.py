@@ -28,7 +28,7 @@ from nixl_async.errors import BackendError, ConfigurationError, OutOfSpace
 VERSION = 1
 FREE, RESERVED, FULL = 0, 1, 2
 BUSY_SECONDS = 30.0
-QUARANTINE_SECONDS = 5.0
+QUARANTINE_SECONDS = 1.0
 """How long a dead process's reserved slots are left alone."""
 SQLITE_NEEDED = (3, 35, 0)
 

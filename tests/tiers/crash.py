@@ -121,7 +121,7 @@ async def _live(setup: dict[str, Any]) -> None:
                 for row, number in enumerate(numbers):
                     memory[row] = content_of(number)
                 keys = [key_of(number) for number in numbers]
-                stored = await tiers.put(keys, region.pages(range(len(keys)), BLOCK), durable=True)
+                stored = await tiers.put(keys, region.pages(range(len(keys)), BLOCK), durable=setup["durable"])
                 _say(json.dumps([number for number, one in zip(numbers, stored, strict=True) if one]).encode())
                 some = [chance.randrange(setup["life"] * LIFE, at) for _ in range(MOST)]
                 got = await tiers.get([key_of(n) for n in some], region.pages(range(MOST, 2 * MOST), BLOCK))
