@@ -360,8 +360,10 @@ class _Body:
         if self.chunked and self.left == 0 and not self.trailers:
             self.left = int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16)
             if self.left == 0:
-                while not self.trailers.endswith(b"\r\n\r\n") and self.trailers != b"\r\n":
-                    self.trailers += await self.reader.readuntil(b"\r\n")
+                line = b""
+                while line != b"\r\n":
+                    line = await self.reader.readuntil(b"\r\n")
+                    self.trailers += line
         if self.left == 0:
             return bytearray()
         piece = await self.reader.read(PIECE_BYTES if self.left is None else min(self.left, PIECE_BYTES))

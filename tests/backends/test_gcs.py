@@ -234,7 +234,7 @@ async def test_a_cancelled_read_leaves_memory_alone(fault: Fault, agent: Agent, 
     proxy.inject(fault, match=gets)
     task = asyncio.create_task(agent.transfer(store.object("o"), target))
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not proxy.faulted or (not fault.latency and (got == CANARY).all()):  # noqa: ASYNC110 - memory tells nobody
+        while not proxy.faulted or (not fault.latency and (got == CANARY).all()):
             await asyncio.sleep(0.005)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -466,7 +466,7 @@ async def test_closing_while_objects_are_on_their_way(bench: Bench) -> None:
     bench.proxy.inject(Fault(stall_after=1000))
     transfer = bench.agent.submit(store.object("x"), await bench.agent.register(got))
     async with asyncio.timeout(10):
-        while not bench.proxy.faulted:  # noqa: ASYNC110 - the proxy tells nobody
+        while not bench.proxy.faulted:
             await asyncio.sleep(0.01)
     await bench.agent.aclose()
     await asyncio.wait([asyncio.ensure_future(_outcome(transfer))])

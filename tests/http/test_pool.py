@@ -97,7 +97,7 @@ async def test_those_that_wait_may_be_cancelled() -> None:
         echo.hold.clear()
         tasks = [asyncio.create_task(get(pool, n)) for n in range(5)]
         async with asyncio.timeout(5):
-            while not echo.requests:  # noqa: ASYNC110
+            while not echo.requests:
                 await asyncio.sleep(0.001)
         tasks[3].cancel()
         tasks[0].cancel()
@@ -177,7 +177,7 @@ async def test_idle_connections_end(monkeypatch: pytest.MonkeyPatch) -> None:
         await get(pool, 1)
         assert echo.open == 1
         async with asyncio.timeout(5):
-            while echo.open:  # noqa: ASYNC110
+            while echo.open:
                 await asyncio.sleep(0.005)
         assert await get(pool, 2) == b"0002"
         assert pool.opened == 2
