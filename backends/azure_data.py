@@ -37,7 +37,7 @@ RANGE_CHECKED_NBYTES = 4 << 20
 """The longest range for which the service tells a checksum."""
 LISTED_AT_ONCE = 128
 """What fits into the mebibyte that is kept of an answer, whatever the names: they may have 1024 characters."""
-LISTING_SLICE_NBYTES = 32 << 10
+LISTING_SLICE_NBYTES = 12 << 10
 """How much of a listing is read in one iteration of the loop, about half a millisecond."""
 MARK = "x-ms-meta-nixlasyncput"
 """Metadata by which a conditional put that was sent twice recognises itself."""

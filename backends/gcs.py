@@ -16,12 +16,12 @@ from nixl_async.backends.gcs_data import (
     BucketData,
     DamagedError,
     GCSOptions,
-    PieceUpload,
     Retry,
     crc32c,
     new_session,
     with_options,
 )
+from nixl_async.backends.gcs_upload import PieceUpload
 from nixl_async.descriptors import Plan, Side
 from nixl_async.errors import BackendError, ConfigurationError, MissingDependency, NotFoundError
 from nixl_async.objects import ObjectBackend, Run, cut_views, gather_bounded, store_of, views

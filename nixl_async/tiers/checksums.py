@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 NONE, CRC64NVME, CRC32 = 0, 1, 2
 """The kinds as they are kept on disk. NONE: the block was written with `checksum=False` and cannot be verified."""
-NAMES = {NONE: "none", CRC64NVME: "crc64nvme", CRC32: "crc32"}
 
 _Function = Callable[[memoryview, int], int]
 _functions: dict[int, _Function] = {CRC32: lambda data, before: zlib.crc32(data, before)}
@@ -29,11 +28,6 @@ _functions: dict[int, _Function] = {CRC32: lambda data, before: zlib.crc32(data,
 def best_kind() -> int:
     """Return the kind that new blocks get."""
     return CRC64NVME if find_spec("awscrt") is not None else CRC32
-
-
-def can_verify(kind: int) -> bool:
-    """Tell whether this process can compute that kind."""
-    return kind == CRC32 or (kind == CRC64NVME and find_spec("awscrt") is not None)
 
 
 def checksum_blocks(kind: int, keys: Sequence[bytes], blocks: Iterable[Sequence[memoryview]]) -> NDArray[np.uint64]:

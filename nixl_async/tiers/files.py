@@ -8,6 +8,7 @@ taken from under the reader meanwhile. See `index.py` for why nothing wrong can 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -30,6 +31,8 @@ from nixl_async.tiers.tier import MISSING, Failures, LowerTier
 
 if TYPE_CHECKING:
     from nixl_async.descriptors import Array
+
+logger = logging.getLogger("nixl_async.tiers")
 
 T = TypeVar("T")
 RESERVED_AT_ONCE = 1024
@@ -70,11 +73,6 @@ class FileTier(LowerTier):
     def __len__(self) -> int:
         return len(self._table.slot_of)
 
-    @property
-    def replaced_index(self) -> str:
-        """Where a damaged index was moved to when the tier was opened; empty if it was sound."""
-        return self._index.replaced
-
     async def open(self) -> None:
         """Open the directory, verify its index, load it."""
 
@@ -91,6 +89,8 @@ class FileTier(LowerTier):
             self._reader.shutdown()
             raise
         self.capacity = self._index.n_slots
+        if self._index.replaced:
+            logger.warning("the index of %s was damaged; the tier begins empty, the old index is %s", self._index.directory, self._index.replaced)
 
     async def _on(self, thread: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         return await quiesce(asyncio.get_running_loop().run_in_executor(thread, work, *arguments))

@@ -326,14 +326,14 @@ class Index:
     def _reserve_free(self, n: int) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = self._write.execute(
             f"UPDATE slots SET state = {RESERVED}, owner = ?, generation = generation + 1 WHERE slot IN"
-            f" (SELECT slot FROM slots WHERE state = {FREE} AND used <= ? LIMIT ?) RETURNING slot, generation",
-            (self.owner, time.time(), n),
+            f" (SELECT slot FROM slots WHERE state = {FREE} AND used <= ? AND slot < ? LIMIT ?) RETURNING slot, generation",
+            (self.owner, time.time(), self.n_slots, n),
         ).fetchall()
         return found
 
     def _reserve_fresh(self, n: int) -> list[tuple[int, int]]:
         high = self._get("high")
-        stop = min(high + n, self._get("n_slots"))
+        stop = min(high + n, self.n_slots)
         if stop <= high:
             return []
         self._set("high", stop)

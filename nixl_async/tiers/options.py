@@ -135,12 +135,13 @@ def check_options(tiers: list[TierOptions], block_nbytes: int) -> None:
         raise ConfigurationError(f"block_nbytes is {block_nbytes!r}; it must be a positive number of bytes")
     if not tiers:
         raise ConfigurationError("tiers is empty; give at least one of DRAM, Files, Objects")
+    for tier in tiers:
+        if not isinstance(tier, DRAM | Files | Objects):
+            raise ConfigurationError(f"tier {tier!r} is none of DRAM, Files, Objects")
     names = [tier.name for tier in tiers]
     if len(set(names)) != len(names):
         raise ConfigurationError(f"tiers are called {names}; give each a name of its own: Files(..., name='fast')")
     for at, tier in enumerate(tiers):
-        if not isinstance(tier, DRAM | Files | Objects):
-            raise ConfigurationError(f"tier {tier!r} is none of DRAM, Files, Objects")
         if isinstance(tier, DRAM) and at:
             raise ConfigurationError(f"DRAM is tier {at + 1}; it can only be the first")
         if tier.nbytes is not None and tier.nbytes < block_nbytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -72,8 +71,3 @@ class LowerTier(ABC):
     def statistics(self, *, queued: int = 0, dropped: int = 0) -> TierStatistics:
         """Return the counters."""
         return TierStatistics(self.name, len(self), self.capacity, queued=queued, dropped=dropped, **asdict(self.counters))
-
-
-def is_expired(stored: float, ttl: float | None) -> bool:
-    """Tell whether a block that was stored at that time is too old."""
-    return ttl is not None and stored + ttl < time.time()

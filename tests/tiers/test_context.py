@@ -1,0 +1,87 @@
+"""Slots of registered memory, waited for in turn; work on threads that ends before a cancelled call does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from nixl_async.tiers.blocks import Blocks
+from nixl_async.tiers.checksums import CRC32, NONE
+from nixl_async.tiers.context import Context, Slots, together
+from tests.tiers.conftest import BLOCK, N, Bench
+
+
+async def test_slots_are_waited_for_in_turn(bench: Bench) -> None:
+    context = Context(bench.agent, BLOCK)
+    slots = await Slots.make(context, 4, BLOCK)
+    taken = await slots.take(3)
+    large = asyncio.create_task(slots.take(4))
+    small = asyncio.create_task(slots.take(1))
+    await asyncio.sleep(0)
+    slots.give(taken[:2])
+    await asyncio.sleep(0)
+    assert not large.done()
+    assert not small.done(), "the one that came later does not overtake"
+    large.cancel()
+    got = await small
+    slots.give(got + taken[2:])
+    assert sorted(await slots.take(4)) == [0, 1, 2, 3]
+    await slots.aclose()
+    context.close()
+
+
+async def test_work_on_a_thread_ends_before_a_cancelled_call_does(bench: Bench) -> None:
+    context = Context(bench.agent, BLOCK)
+    go, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        go.wait()
+        ended.set()
+
+    task = asyncio.create_task(context.on_thread(work))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+    context.close()
+
+
+async def test_the_wrong_blocks_are_found(bench: Bench) -> None:
+    context = Context(bench.agent, BLOCK)
+    blocks = Blocks.of(bench.src(), N, BLOCK)
+    sums = await context.checksums(CRC32, bench.keys, blocks)
+    kinds = np.full(N, CRC32, np.uint8)
+    bench.data[7 * BLOCK] ^= 1
+    bench.data[8 * BLOCK] ^= 1
+    bench.data[9 * BLOCK] ^= 1
+    kinds[9] = NONE
+    errors: list[object] = [None] * N
+    errors[8] = "not looked at"
+    good = await context.verified(bench.keys, blocks, sums, kinds, errors)
+    assert np.flatnonzero(~good).tolist() == [7]
+    context.close()
+
+
+async def test_the_first_error_of_two_comes_bare() -> None:
+    async def fail() -> None:
+        raise ValueError("this one")
+
+    ended = False
+
+    async def other() -> None:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended = True
+
+    with pytest.raises(ValueError, match="this one"):
+        await together(fail(), other())
+    assert ended

@@ -1,0 +1,203 @@
+"""The index of a directory: several processes, the dead, damage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nixl_async import BackendError, ConfigurationError, OutOfSpace
+from nixl_async.tiers import index as module
+from nixl_async.tiers.index import Index, Stored
+from tests.agents import ROOT
+
+BLOCK = 4096
+Open = Callable[..., Index]
+
+
+@pytest.fixture
+def open_index(tmp_path: Path) -> Iterator[Open]:
+    opened: list[Index] = []
+
+    def make(n_slots: int = 16, block_nbytes: int = BLOCK) -> Index:
+        made = Index(str(tmp_path / "d"), block_nbytes, n_slots * block_nbytes, 8 * block_nbytes)
+        made.open()
+        opened.append(made)
+        return made
+
+    yield make
+    for one in opened:
+        one.close([])
+
+
+def _segments(index: Index) -> None:
+    for number in range(2):
+        with open(index.segment_path(number), "wb") as file:
+            file.truncate(8 * BLOCK)
+
+
+def _store(index: Index, keys: list[bytes]) -> list[tuple[int, int]]:
+    got, _, _ = index.reserve(len(keys), lambda: [])
+    index.store([Stored(slot, key, 7, 1, time.time()) for (slot, _), key in zip(got, keys, strict=True)], False)
+    return got
+
+
+def _keys(index: Index, since: int = 0) -> set[bytes | None]:
+    return {row.key for row in index.changes(since)}
+
+
+def test_what_one_stores_the_other_learns(open_index: Open) -> None:
+    a, b = open_index(), open_index()
+    _store(a, [b"x", b"y"])
+    assert _keys(b) == {b"x", b"y"}
+    assert b.changes(b.latest()) == []
+    before = b.latest()
+    _store(b, [b"z"])
+    assert _keys(a, before) == {b"z"}
+
+
+def test_two_never_reserve_the_same_slot(open_index: Open) -> None:
+    a, b = open_index(), open_index()
+    mine, theirs = a.reserve(6, lambda: [])[0], b.reserve(6, lambda: [])[0]
+    assert not {slot for slot, _ in mine} & {slot for slot, _ in theirs}
+
+
+def test_taking_a_block_counts_its_slot_up_and_is_known_before_it_is_written(open_index: Open) -> None:
+    a, b = open_index(4), open_index(4)
+    _segments(a)
+    got = _store(a, [b"1", b"2", b"3", b"4"])
+    since = b.latest()
+    taken_from = got[2]
+    reserved, taken, change = b.reserve(1, lambda: [(99, 1), taken_from])
+    assert reserved == [(taken_from[0], taken_from[1] + 1)]
+    assert taken == [taken_from[0]]
+    assert [(row.slot, row.key) for row in a.changes(since)] == [(taken_from[0], None)]
+    assert change == a.latest()
+    with pytest.raises(OutOfSpace, match="all 4 slots"):
+        # One that was taken already is not taken again by its old generation.
+        a.reserve(1, lambda: [taken_from])
+
+
+def test_what_is_not_reserved_cannot_be_stored(open_index: Open) -> None:
+    a, b = open_index(), open_index()
+    ((slot, _),) = a.reserve(1, lambda: [])[0]
+    with pytest.raises(BackendError, match="taken from this process"):
+        b.store([Stored(slot, b"x", 1, 1, 1.0)], True)
+    assert _keys(a) == set()
+
+
+def test_dropping_is_for_the_generation_that_was_meant(open_index: Open) -> None:
+    a = open_index()
+    ((slot, generation),) = _store(a, [b"x"])
+    a.drop([(slot, generation - 1)])
+    assert _keys(a) == {b"x"}
+    a.drop([(slot, generation)])
+    assert _keys(a) == {None}
+
+
+def test_when_blocks_were_used_is_told(open_index: Open) -> None:
+    a, b = open_index(), open_index()
+    ((slot, generation),) = _store(a, [b"x"])
+    a.touch([(slot, generation, 12345.0)])
+    assert [row.used for row in b.changes(0)] == [12345.0]
+
+
+def test_blocks_are_there_when_it_is_opened_again(open_index: Open) -> None:
+    a = open_index()
+    _segments(a)
+    _store(a, [b"x", b"y"])
+    a.close([])
+    b = Index(str(a.directory), BLOCK, 16 * BLOCK, 8 * BLOCK)
+    rows, change = b.open()
+    assert {row.key for row in rows} == {b"x", b"y"}
+    assert change == b.latest()
+    b.close([])
+
+
+def test_given_back_slots_are_free_at_once(open_index: Open) -> None:
+    a = open_index(4)
+    slots = [slot for slot, _ in a.reserve(4, lambda: [])[0]]
+    a.close(slots)
+    assert len(open_index(4).reserve(4, lambda: [])[0]) == 4
+
+
+def test_what_the_dead_had_reserved_is_free_after_a_pause(open_index: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = open_index(4)
+    program = (
+        "import os, sys; from nixl_async.tiers.index import Index\n"
+        f"index = Index(sys.argv[1], {BLOCK}, {4 * BLOCK}, {8 * BLOCK}); index.open()\n"
+        "assert len(index.reserve(4, lambda: [])[0]) == 4; os._exit(9)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, str(a.directory)], cwd=ROOT, check=False)
+    assert ran.returncode == 9
+    with pytest.raises(OutOfSpace):
+        a.reserve(1, lambda: [])
+    b = open_index(4)
+    assert a.recovered == 0
+    monkeypatch.setattr(module.time, "time", lambda start=time.time(): start + module.QUARANTINE_SECONDS + 1)
+    assert len(b.reserve(4, lambda: [])[0]) == 4
+
+
+def test_a_damaged_index_is_put_aside(open_index: Open) -> None:
+    a = open_index()
+    _segments(a)
+    _store(a, [b"x"])
+    a.close([])
+    path = a.directory / "index.sqlite3"
+    path.write_bytes(b"not a database at all" * 1000)
+    b = open_index()
+    assert _keys(b) == set()
+    assert Path(b.replaced).read_bytes().startswith(b"not a database")
+    assert _store(b, [b"y"])
+
+
+def test_a_damaged_page_is_found_on_opening(open_index: Open) -> None:
+    a = open_index(2000)
+    _store(a, [b"key %d" % n for n in range(1000)])
+    a.close([])
+    path = a.directory / "index.sqlite3"
+    whole = bytearray(path.read_bytes())
+    whole[3 * 4096 : 12 * 4096] = b"\xa5" * (9 * 4096)
+    path.write_bytes(whole)
+    assert open_index(2000).replaced
+
+
+def test_blocks_of_a_segment_that_is_gone_are_forgotten(open_index: Open) -> None:
+    a = open_index()
+    _segments(a)
+    _store(a, [b"%d" % n for n in range(12)])
+    a.close([])
+    Path(a.segment_path(1)).unlink()
+    with open(a.segment_path(0), "r+b") as file:
+        file.truncate(5 * BLOCK)
+    b = Index(str(a.directory), BLOCK, 16 * BLOCK, 8 * BLOCK)
+    rows, _ = b.open()
+    assert sorted(row.slot for row in rows) == [0, 1, 2, 3, 4]
+    assert b.recovered == 7
+    b.close([])
+
+
+def test_other_sizes_are_refused(open_index: Open) -> None:
+    a = open_index(16)
+    with pytest.raises(ConfigurationError, match="holds blocks of 4096 bytes"):
+        open_index(16, 8192)
+    with pytest.raises(ConfigurationError, match="in use with room for 16 blocks"):
+        open_index(8)
+    larger = open_index(32)
+    assert len(larger.reserve(32, lambda: [])[0]) == 32
+    a.close([])
+
+
+def test_made_smaller_it_keeps_what_still_has_room(open_index: Open) -> None:
+    a = open_index()
+    _segments(a)
+    _store(a, [b"%d" % n for n in range(12)])
+    a.close([])
+    b = open_index(4)
+    assert len(_keys(b)) == 4
+    with pytest.raises(OutOfSpace):
+        b.reserve(1, lambda: [])
