@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.cli import COMMANDS
 from nixl_async import errors
 from tests.agents import ROOT
 
@@ -52,7 +53,7 @@ def test_every_error_is_named() -> None:
 
 
 def test_commands_of_the_bench_exist() -> None:
-    known = {"all", "throughput", "latency", "notification", "stall", "idle", "busy-peer", "many", "descriptors"}
+    known = {"all", *COMMANDS}
     for document in DOCUMENTS:
         for command in re.findall(r"python -m bench (\S+)", (ROOT / document).read_text()):
             assert command.strip("`") in known, f"{document}: {command}"
