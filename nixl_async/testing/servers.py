@@ -122,6 +122,10 @@ async def seaweedfs(directory: Path, bucket: str = "bench") -> AsyncIterator[Ser
         command.append(f"-{part}.port.grpc={port + TWIN}")
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "S3_BUCKET": bucket}
     async with _running("seaweedfs", command, directory, s3, env=keys, ready={403}, bucket=bucket) as server:
+        # It makes the bucket a moment after it begins to answer.
+        async with asyncio.timeout(START_SECONDS):
+            while await _status(s3, "GET", f"/{bucket}", _signed("GET", f"/{bucket}", f"{HOST}:{s3}", server.region)) != 200:
+                await asyncio.sleep(0.05)
         yield server
 
 

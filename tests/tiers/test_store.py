@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nixl_async import Agent, ClosedError, ConfigurationError, DescriptorError
 from nixl_async.testing import Canary, cancel_at_await, pattern
 from nixl_async.tiers import DRAM, Files, Objects, Tiers, hash_tokens
-from tests.agents import two_agents
+from tests.agents import known, two_agents
 from tests.tiers.conftest import BLOCK, N, Bench
 
 KINDS = ["dram", "files", "objects", "dram+files", "dram+objects", "files+objects", "dram+files+objects"]
@@ -97,6 +98,8 @@ async def test_a_peers_memory(tmp_path: Path, kind: str) -> None:
         await b.register(theirs, name="theirs")
         await b.register(mine, name="mine")
         peer = a.peer("b")
+        await known(a, peer, "theirs")
+        await known(a, peer, "mine")
         keys = hash_tokens(range(N), 1)
         async with Tiers(a, _tiers(kind, tmp_path), block_nbytes=BLOCK) as tiers:
             assert all(await tiers.put(keys, peer.region("theirs")))
@@ -259,3 +262,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=12, stateful_step_count=25)
