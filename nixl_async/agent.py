@@ -219,8 +219,11 @@ class Agent(StorageCalls):
             loaded[backend.name] = backend
         if not loaded:
             raise ConfigurationError("backends is empty; give at least one, or None for the default")
-        if "staging" not in loaded and any(isinstance(backend, StorageBackend) for backend in loaded.values()):
-            loaded["staging"] = load_backend("staging")
+        if any(isinstance(backend, StorageBackend) for backend in loaded.values()):
+            # Storage takes memory that others register, and what no single backend joins goes through buffers.
+            for name in ("memory", "staging"):
+                if name not in loaded:
+                    loaded[name] = load_backend(name)
         return loaded.values()
 
     def _check_open(self) -> None:

@@ -182,31 +182,15 @@ def backends() -> None:
 
 @app.command("self-test")
 def self_test() -> None:
-    """Move a small KV cache between two processes by every backend that can, and check every byte."""
-    from nixl_async.backend import BUILT_IN, load_backend
-    from nixl_async.demo.job import Job
-    from nixl_async.demo.run import DemoFailed, run_job
-    from nixl_async.errors import MissingDependency, NixlError
-
-    job = Job("llama-3.1-8b", 64, 16, 8, 0.0)
+    """Move a small KV cache by every backend that can be tried here, and check every byte."""
+    from nixl_async.demo.selftest import try_backends
 
     async def work() -> int:
         passed = failed = 0
-        for name in BUILT_IN:
-            try:
-                if name == IN_PROCESS:
-                    continue
-                load_backend(name)
-                result = await run_job(job, [name])
-                ok = result["verified"] and result["route"] == name
-                print(f"{name}: {'ok' if ok else 'FAILED'}, {result['bytes']} bytes checked")
-                passed += ok
-                failed += not ok
-            except MissingDependency as error:
-                print(f"{name}: not here: {error}")
-            except (DemoFailed, NixlError) as error:
-                print(f"{name}: FAILED: {error}")
-                failed += 1
+        async for name, works, text in try_backends():
+            print(f"{name}: {text}" if works is None else f"{name}: {'ok' if works else 'FAILED'}, {text}")
+            passed += works is True
+            failed += works is False
         return failed or not passed
 
     if _run(work):

@@ -33,6 +33,8 @@ from nixl_async.wire import FrameType, Greeting, decode_json, encode_frame, enco
 
 logger = logging.getLogger("nixl_async.membership")
 
+LAST_WORDS_SECONDS = 0.1
+"""How long a control connection may go on after its peer's process has ended: a child of that process may hold it open."""
 LEAVE_SECONDS = 5.0
 """How long a leaving agent waits for a peer to confirm that it is quiet."""
 
@@ -250,8 +252,8 @@ class Membership:
         if peer.link is None:
             self._spawn(self._drop(peer, error, "lost"))
         elif backend == "samehost":
-            # Its process has ended, whatever the connection still says.
-            peer.link.fail(error)
+            # Its process has ended. What it said before comes first: a peer that leaves says so, then exits.
+            asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, peer.link.fail, error)
         else:
             # A peer that leaves closes its backends first: what matters is what its control connection says.
             logger.info("backend %s lost peer %s: %s", backend, name, reason)

@@ -26,6 +26,8 @@ TESTED_ELSEWHERE = {
     "nixl_async/testing/": "tests/test_testing.py",
     "nixl_async/native/": "tests/test_native.py",
     "nixl_async/http/__init__.py": "tests/http/test_pool.py",
+    "backends/azure_": "tests/backends/test_azure.py",
+    "backends/gcs_": "tests/backends/test_gcs.py",
     "nixl_async/tiers/__init__.py": "tests/tiers/test_store.py",
     "backends/__init__.py": "tests/backends/test_conformance.py",
 }

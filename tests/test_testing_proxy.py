@@ -334,7 +334,7 @@ async def test_faults_are_taken_in_order_by_what_they_match(proxy: FaultProxy, c
     assert proxy.connections == 1
 
 
-def test_faults_that_contradict_themselves_are_refused() -> None:
+async def test_faults_that_contradict_themselves_are_refused() -> None:
     with pytest.raises(ValueError, match="one way"):
         Fault(reset_after=1, close_after=0)
     with pytest.raises(ValueError, match="chunked"):

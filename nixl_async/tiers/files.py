@@ -90,7 +90,11 @@ class FileTier(LowerTier):
             raise
         self.capacity = self._index.n_slots
         if self._index.replaced:
-            logger.warning("the index of %s was damaged; the tier begins empty, the old index is %s", self._index.directory, self._index.replaced)
+            logger.warning(
+                "the index of %s was damaged; the tier begins empty, the old index is %s",
+                self._index.directory,
+                self._index.replaced,
+            )
 
     async def _on(self, thread: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         return await quiesce(asyncio.get_running_loop().run_in_executor(thread, work, *arguments))

@@ -7,7 +7,7 @@ import pytest
 
 from nixl_async import BlockLayout, DescriptorError
 from nixl_async.tiers.blocks import Blocks
-from tests.tiers.conftest import BLOCK, N, Bench
+from tests.tiers.conftest import BLOCK, Bench, N
 
 
 def _bytes(blocks: Blocks) -> list[bytes]:

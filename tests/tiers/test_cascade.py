@@ -13,7 +13,7 @@ from nixl_async import OutOfSpace
 from nixl_async.tiers import DRAM, Files, Objects, Tiers
 from nixl_async.tiers.files import FileTier
 from nixl_async.tiers.tier import Failures
-from tests.tiers.conftest import BLOCK, N, Bench
+from tests.tiers.conftest import BLOCK, Bench, N
 
 
 def _three(tmp_path: Path, memory: int = 16, files: int = N) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.checksums import CRC32, NONE
 from nixl_async.tiers.context import Context, Slots, together
-from tests.tiers.conftest import BLOCK, N, Bench
+from tests.tiers.conftest import BLOCK, Bench, N
 
 
 async def test_slots_are_waited_for_in_turn(bench: Bench) -> None:

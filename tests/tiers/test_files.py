@@ -19,7 +19,7 @@ from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.context import Context
 from nixl_async.tiers.files import FileTier
 from nixl_async.tiers.tier import MISSING
-from tests.tiers.conftest import BLOCK, N, Bench
+from tests.tiers.conftest import BLOCK, Bench, N
 
 Open = Callable[..., Awaitable[FileTier]]
 

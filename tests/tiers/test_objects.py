@@ -19,7 +19,7 @@ from nixl_async.tiers.keys import object_name
 from nixl_async.tiers.objects import ObjectTier
 from nixl_async.tiers.tier import MISSING
 from tests.stores import fresh_prefix, s3_options
-from tests.tiers.conftest import BLOCK, N, Bench
+from tests.tiers.conftest import BLOCK, Bench, N
 
 Open = Callable[..., Awaitable[ObjectTier]]
 

@@ -16,7 +16,7 @@ from nixl_async import Agent, ClosedError, ConfigurationError, DescriptorError
 from nixl_async.testing import Canary, cancel_at_await, pattern
 from nixl_async.tiers import DRAM, Files, Objects, Tiers, hash_tokens
 from tests.agents import known, two_agents
-from tests.tiers.conftest import BLOCK, N, Bench
+from tests.tiers.conftest import BLOCK, Bench, N
 
 KINDS = ["dram", "files", "objects", "dram+files", "dram+objects", "files+objects", "dram+files+objects"]
 
