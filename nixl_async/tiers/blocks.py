@@ -74,6 +74,10 @@ class Blocks:
         chosen = np.asarray(which, np.int64)
         return Blocks(self.region, self.offsets[chosen], self.lengths[chosen], self.block_nbytes)
 
+    def part(self, start: int, stop: int) -> Blocks:
+        """Return the blocks from `start` to `stop`."""
+        return Blocks(self.region, self.offsets[start:stop], self.lengths[start:stop], self.block_nbytes)
+
     def descriptor(self) -> Descriptor:
         """Describe all blocks in order."""
         if self.offsets.shape[1] == 1:

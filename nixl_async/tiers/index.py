@@ -288,7 +288,7 @@ class Index:
     def reserve(
         self, n: int, victims: Callable[[], Iterable[tuple[int, int]]]
     ) -> tuple[list[tuple[int, int]], list[int], int]:
-        """Reserve up to `n` slots: free ones, then ones never used, then by taking `victims`, (slot, generation), in order.
+        """Reserve up to `n` slots: free ones, then ones never used; if there are none, all of `victims`, (slot, generation).
 
         Return the slots with their generations, those of them that were taken from blocks, and the change (0: nothing was taken).
 
@@ -303,17 +303,13 @@ class Index:
             change = 0
             if not got:
                 change = self._next_change()
-                for slot, generation in victims():
-                    row = self._write.execute(
-                        f"UPDATE slots SET state = {RESERVED}, owner = ?, generation = generation + 1, key = NULL, change = ?"
-                        f" WHERE slot = ? AND generation = ? AND state = {FULL} RETURNING generation",
-                        (self.owner, change, slot, generation),
-                    ).fetchone()
-                    if row is not None:
-                        got.append((slot, row[0]))
-                        taken.append(slot)
-                    if len(got) == n:
-                        break
+                self._write.executemany(
+                    f"UPDATE slots SET state = {RESERVED}, owner = ?, generation = generation + 1, key = NULL, change = ?"
+                    f" WHERE slot = ? AND generation = ? AND state = {FULL}",
+                    [(self.owner, change, slot, generation) for slot, generation in victims()],
+                )
+                got = self._write.execute("SELECT slot, generation FROM slots WHERE change = ?", (change,)).fetchall()
+                taken = [slot for slot, _ in got]
             if not got and self._bury():
                 got = self._reserve_free(n)
             if not got:

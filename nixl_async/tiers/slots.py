@@ -52,10 +52,28 @@ class SlotTable:
 
     def store(self, blocks: Sequence[Stored], generations: Sequence[int]) -> None:
         """Take in blocks that this process has stored."""
-        for block, generation in zip(blocks, generations, strict=True):
-            if not (self.full[block.slot] and self.generation[block.slot] >= generation):
-                checksum = block.checksum & 0xFFFFFFFFFFFFFFFF
-                self._fill(block.slot, generation, block.key, checksum, block.kind, block.stored, block.stored)
+        slots = np.array([block.slot for block in blocks], np.int64)
+        given = np.array(generations, np.int64)
+        new = ~(self.full[slots] & (self.generation[slots] >= given))
+        if not new.all():
+            # Learnt from the index already.
+            keep = np.flatnonzero(new)
+            blocks, slots, given = [blocks[at] for at in keep.tolist()], slots[keep], given[keep]
+        stored = np.array([block.stored for block in blocks], np.float64)
+        for block in blocks:
+            if self.keys[block.slot] is not None:
+                self.forget(block.slot)
+        self.generation[slots] = given
+        self.checksum[slots] = np.array([block.checksum for block in blocks], np.int64).view(np.uint64)
+        self.kind[slots] = np.array([block.kind for block in blocks], np.uint8)
+        self.stored[slots] = self.used[slots] = stored
+        self.full[slots] = True
+        for block in blocks:
+            self.keys[block.slot] = block.key
+            if block.key in self.slot_of:
+                self._choose(block.slot, block.key)
+            else:
+                self.slot_of[block.key] = block.slot
 
     def _fill(self, slot: int, generation: int, key: bytes, checksum: int, kind: int, stored: float, used: float) -> None:
         self.forget(slot)
@@ -66,10 +84,14 @@ class SlotTable:
         self.full[slot] = True
         self.keys[slot] = key
         self.used[slot] = used
+        self._choose(slot, key)
+
+    def _choose(self, slot: int, key: bytes) -> None:
+        """Let a key have this slot, or the one it has already, if that is younger."""
         other = self.slot_of.get(key)
         if other is not None:
             # Two processes stored it at the same time, or the older one is too old: that slot is the first to be used again.
-            if stored < self.stored[other]:
+            if self.stored[slot] < self.stored[other]:
                 self.used[slot] = 0.0
                 return
             self.used[other] = 0.0
@@ -102,7 +124,10 @@ class SlotTable:
         if ttl is not None:
             used = np.where(self.stored[candidates] + ttl < time.time(), 0.0, used)
         if len(candidates) > n:
-            chosen = np.argpartition(used, n)[:n]
+            # Of those used at the same time the first in the file, so that what is taken together lies together.
+            limit = np.partition(used, n - 1)[n - 1]
+            older, same = np.flatnonzero(used < limit), np.flatnonzero(used == limit)
+            chosen = np.concatenate((older, same[: n - len(older)]))
             candidates, used = candidates[chosen], used[chosen]
         found = candidates[np.argsort(used, kind="stable")]
         return list(zip(found.tolist(), self.generation[found].tolist(), strict=True))

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from nixl_async.agent import Agent
 
-CHUNK_NBYTES = 16 << 20
-CHUNK_BLOCKS = 256
+CHUNK_NBYTES = 32 << 20
+CHUNK_BLOCKS = 512
 """Blocks that are worked on in one go: as many as cost the loop less than a millisecond."""
 CHUNKS_AT_ONCE = 3
 BATCH_NBYTES = 8 << 20
@@ -346,7 +346,7 @@ class Tiers:
         async def worker() -> None:
             for start in starts:
                 stop = min(start + step, len(keys))
-                found[start:stop] = await work(keys[start:stop], blocks.take(range(start, stop)))
+                found[start:stop] = await work(keys[start:stop], blocks.part(start, stop))
 
         try:
             async with asyncio.TaskGroup() as group:
