@@ -226,7 +226,10 @@ class Membership:
         self._closing = True
         if self._server is not None:
             self._server.close()
-        await asyncio.gather(*(self._part(peer) for peer in list(self.peers.values())))
+        known = [peer.link for peer in self.peers.values()]
+        # Who has our metadata may count us as a peer already, though we have not got so far.
+        others = [link for link in self._links if link.told and link not in known]
+        await asyncio.gather(*map(self._part, list(self.peers.values())), *map(self._say_leave, others))
         for link in list(self._links):
             link.abort()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
@@ -475,14 +478,18 @@ class Membership:
     async def _part(self, peer: Peer) -> None:
         link = peer.link
         await self._drop(peer, PeerLost(f"this agent disconnected from peer {peer.name!r}", peer=peer.name), "left")
-        if link is None or link.closed:
+        if link is not None:
+            await self._say_leave(link)
+
+    async def _say_leave(self, link: Link) -> None:
+        if link.closed:
             return
         link.leaving = True
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._ask(link, FrameType.LEAVE)
         except TimeoutError:
-            logger.warning("peer %s did not confirm within %g s that it is quiet", peer.name, LEAVE_SECONDS)
+            logger.warning("peer %s did not confirm within %g s that it is quiet", link.other.name, LEAVE_SECONDS)
         link.close()
 
     async def _drop(self, peer: Peer, error: PeerLost, kind: str) -> None:
