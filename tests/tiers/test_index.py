@@ -138,7 +138,8 @@ def test_what_the_dead_had_reserved_is_free_after_a_pause(open_index: Open, monk
         a.reserve(1, lambda: [])
     b = open_index(4)
     assert a.recovered == 0
-    monkeypatch.setattr(module.time, "time", lambda start=time.time(): start + module.QUARANTINE_SECONDS + 1)
+    began = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: began + module.QUARANTINE_SECONDS + 1)
     assert len(b.reserve(4, lambda: [])[0]) == 4
 
 
