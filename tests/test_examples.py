@@ -19,6 +19,7 @@ SAYS = {
     "peer_restart.py": "joined again",
     "out_of_band.py": "met through",
     "block_tables.py": "every block is in its place",
+    "offload_tiers.py": "every byte verified",
 }
 
 

@@ -141,7 +141,7 @@ class Client:
 
     async def receive(self, *, bodiless: bool = False) -> Got:
         got = await self.head()
-        if bodiless or got.status == 204:
+        if bodiless or got.status == 204 or got.status < 200:
             return got
         if got.fields.get("transfer-encoding") == "chunked":
             got.body = await read_chunks(self.reader)
