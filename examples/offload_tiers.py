@@ -52,7 +52,7 @@ async def offload(keys: list[bytes], nvme: Path, store: Objects, bars: Progress)
 
             def show() -> None:
                 for tier in tiers.statistics().tiers:
-                    bars.update(tasks[tier.name], completed=tier.written * BLOCK)
+                    bars.update(tasks[tier.name], completed=tier.blocks * BLOCK)
 
             async def watch() -> None:
                 while True:
@@ -78,7 +78,7 @@ async def read(order: dict[str, Any]) -> None:
     memory = np.zeros((AT_ONCE, BLOCK // 8), np.uint64)
     async with Agent("decode") as agent:
         region = await agent.register(memory)
-        store = Objects(order["url"], options=order["options"], name="S3")
+        store = Objects(**order["store"])
         async with Tiers(agent, [DRAM(64 << 20), store], block_nbytes=BLOCK) as tiers:
             n_found = await tiers.prefix(keys)
             for at in range(0, n_found, AT_ONCE):
@@ -86,7 +86,7 @@ async def read(order: dict[str, Any]) -> None:
                 memory.fill(0)
                 got = await tiers.get([keys[number] for number in part], region.pages(range(len(part)), BLOCK))
                 for row, number in enumerate(part):
-                    assert got[row].tier == "S3", got[row]
+                    assert got[row].tier == store.name, got[row]
                     assert (memory[row] == block_bytes(number)).all(), f"block {number} holds wrong bytes"
                 print(json.dumps({"verified": part.stop}), flush=True)
 
@@ -98,7 +98,8 @@ async def read_elsewhere(n_tokens: int, store: Objects, bars: Progress) -> int:
     assert child.stdin is not None
     assert child.stdout is not None
     # Not as an argument, which every user of the machine could see: there are credentials in it.
-    child.stdin.write(json.dumps({"n_tokens": n_tokens, "url": store.url, "options": dict(store.options)}).encode())
+    where = {"url": store.url, "options": dict(store.options), "name": store.name}
+    child.stdin.write(json.dumps({"n_tokens": n_tokens, "store": where}).encode())
     child.stdin.close()
     task = bars.add_task("verified by another process", total=n_tokens // BLOCK_TOKENS * BLOCK)
     verified = 0
@@ -123,7 +124,7 @@ async def find_store(given: argparse.Namespace, directory: Path, stack: AsyncExi
     except MissingDependency as error:
         print(f"objects: in a directory in place of S3, as {error}")
         (directory / "objects").mkdir()
-        return Objects(f"file://{directory}/objects", name="S3")
+        return Objects(f"file://{directory}/objects", name="directory")
     print(f"objects: SeaweedFS at {server.endpoint}")
     options = {"endpoint_url": server.endpoint, "region": server.region, "addressing": "path"}
     return Objects("s3://demo/kv", options=options | {"access_key": server.key_id, "secret_key": server.secret}, name="S3")
@@ -132,7 +133,12 @@ async def find_store(given: argparse.Namespace, directory: Path, stack: AsyncExi
 async def main(given: argparse.Namespace) -> None:
     keys = keys_of(given.tokens)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>27}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description:>27}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TransferSpeedColumn(),
+    )
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=given.directory)))
         store = await find_store(given, directory, stack)
@@ -143,7 +149,7 @@ async def main(given: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         if verified != len(keys):
             raise SystemExit(f"the other process found {verified} of {len(keys)} blocks")
-        print(f"another process read {verified} blocks of {BLOCK:,} bytes from S3, every byte verified; {seconds:.1f} s in all")
+        print(f"another process read {verified} blocks from {store.name}, every byte verified; {seconds:.1f} s in all")
 
 
 if __name__ == "__main__":

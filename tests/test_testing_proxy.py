@@ -506,7 +506,7 @@ async def test_chunks(path: str, proxy: FaultProxy, client: Client) -> None:
     got = await client.head()
     assert got.fields["transfer-encoding"] == "chunked"
     assert "content-length" not in got.fields
-    assert await client.reader.readuntil(b"\r\n") == b"3e8\r\n" if path == "/a" else b"64\r\n"
+    assert await client.reader.readuntil(b"\r\n") == (b"3e8\r\n" if path == "/a" else b"64\r\n")
     assert await client.reader.readexactly(100) == BODY[:100]
     proxy.inject(Fault(chunked=7), times=2)
     async with client_of(proxy) as other:

@@ -160,10 +160,9 @@ async def azurite(
     `in_memory` no blob touches the disk, and overwritten ones count against the limit for a while. With `certificate` (and its
     key) it speaks TLS, and takes bearer tokens, whose signatures it does not check.
     """
-    rooms = [os.environ.get("NIXL_ASYNC_NODE_MODULES"), str(Path(__file__).parents[2] / "node_modules")]
-    scripts = [Path(room) / "azurite/dist/src/blob/main.js" for room in rooms if room]
-    script = next((path for path in scripts if path.exists()), None)
-    if script is None:
+    room = os.environ.get("NIXL_ASYNC_NODE_MODULES") or str(Path(__file__).parents[2] / "node_modules")
+    script = Path(room) / "azurite/dist/src/blob/main.js"
+    if not script.exists():
         raise MissingDependency(
             "azurite is not installed: npm install --prefix DIRECTORY azurite@3.37.0, "
             "and set NIXL_ASYNC_NODE_MODULES=DIRECTORY/node_modules"
