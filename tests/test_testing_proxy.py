@@ -86,7 +86,8 @@ class Upstream:
         body = BODY if method in ("GET", "HEAD") else str(len(self.bodies[-1])).encode()
         if path == "/chunked":
             halves = b"%x;x=y\r\n%b\r\n%x\r\n%b\r\n" % (100, body[:100], len(body) - 100, body[100:])
-            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + halves + b"0\r\nX-Trailer: 1\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            writer.write(b"" if method == "HEAD" else halves + b"0\r\nX-Trailer: 1\r\n\r\n")
         elif path == "/eof":
             writer.write(b"HTTP/1.0 200 OK\r\n\r\n" + body)
         elif path == "/gone":
