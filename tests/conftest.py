@@ -27,7 +27,7 @@ from tests.stores import running
 settings.register_profile("suite", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-ITERATION_CPU_SECONDS = 0.25
+ITERATION_CPU_SECONDS = 0.5
 ITERATION_SECONDS = 2.0
 
 

@@ -53,6 +53,7 @@ class Connection:
         "_sink_index",
         "_socket",
         "_stream",
+        "_started",
         "_tls",
         "_writing",
         "active_at",
@@ -67,7 +68,7 @@ class Connection:
         self.closed = False
         self.used = False
         self.request: Request | None = None
-        self.active_at = 0.0
+        self.active_at = self._started = 0.0
         self._socket = connected
         self._tls = isinstance(connected, ssl.SSLSocket)
         self._fd = connected.fileno()
@@ -92,7 +93,7 @@ class Connection:
         """Send a request; the connection must be idle."""
         self.request = request
         request.connection = self
-        self.active_at = self.pool.loop.time()
+        self.active_at = self._started = self.pool.loop.time()
         self._moved = 0
         self._out = [request.head, *request.body]
         self._out_at = 0
@@ -280,6 +281,8 @@ class Connection:
 
     def _begin(self, request: Request, head: Head) -> None:
         self._head = head
+        if not request.body:
+            self.pool.answered(self.pool.loop.time() - self._started)
         if self._out and head.status < 300:
             raise HTTPError(f"the server said {head.status} before it had the request")
         if head.chunked:

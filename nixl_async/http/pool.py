@@ -18,8 +18,15 @@ TURNS = 8
 SCRATCH_NBYTES = 72 << 10
 COOL_SECONDS = 1.0
 """How long no connection is tried after one was refused while others are open."""
+AT_LEAST_REQUESTS, AT_LEAST_NBYTES = 8, 16 << 20
+"""So many requests and bytes are under way to the nearest server; bytes alone hold back no request below `FEW_REQUESTS`."""
+FEW_REQUESTS = 4
+REQUESTS_PER_SECOND, NBYTES_PER_SECOND = 10_000, 10_000_000_000
+"""What is under way follows from how long a server takes to begin an answer, at this pace: more would only grow cold in buffers."""
 MAX_NBYTES = 128 << 20
 """Requests wait while those on their way move this many bytes."""
+DISTANCE_SECONDS = 10.0
+"""How long the soonest answer counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,9 @@ class Pool:
         self._turns: deque[asyncio.Future[None]] = deque()
         self._cool_until = 0.0
         self._closed = False
+        self._nearest = 0.0
+        self._nearest_until = 0.0
+        self._at_most = min(AT_LEAST_REQUESTS, options.max_connections), AT_LEAST_NBYTES
 
     async def request(self, request: Request) -> Response:
         """Send a request and return the response; when cancelled, nothing moves on its account any more.
@@ -145,6 +155,16 @@ class Pool:
             self._idle.append(connection)
         self._pump()
 
+    def answered(self, seconds: float) -> None:
+        """Take note of how long a server took to begin an answer: the soonest of late tells how far away it is."""
+        now = self.loop.time()
+        if seconds >= self._nearest and now < self._nearest_until:
+            return
+        self._nearest, self._nearest_until = seconds, now + DISTANCE_SECONDS
+        requests = max(AT_LEAST_REQUESTS, int(seconds * REQUESTS_PER_SECOND))
+        nbytes = max(AT_LEAST_NBYTES, int(seconds * NBYTES_PER_SECOND))
+        self._at_most = min(requests, self.options.max_connections), min(nbytes, MAX_NBYTES)
+
     def dropped(self, connection: Connection) -> None:
         """An idle connection is gone."""
         if connection in self._idle:
@@ -166,12 +186,14 @@ class Pool:
     # The machine.
 
     def _pump(self) -> None:
-        while self._waiting and self._idle:
+        at_most, nbytes_at_most = self._at_most
+        while self._waiting and self._idle and len(self._busy) < at_most:
             request = self._waiting[0]
             if request.future is None or request.future.done():
                 self._waiting.popleft()
                 continue
-            if self._busy and self._nbytes + request.nbytes > MAX_NBYTES:
+            over = self._nbytes + request.nbytes
+            if self._busy and over > (MAX_NBYTES if len(self._busy) < FEW_REQUESTS else nbytes_at_most):
                 break
             self._waiting.popleft()
             connection = self._idle.pop()
@@ -181,7 +203,7 @@ class Pool:
         if self._closed:
             return
         if not self._idle and not ((self._busy or self._connecting) and self.loop.time() < self._cool_until):
-            room = self.options.max_connections - len(self._busy) - len(self._connecting)
+            room = at_most - len(self._busy) - len(self._connecting)
             for _ in range(min(room, len(self._waiting) - len(self._connecting))):
                 task = self.loop.create_task(self._connect())
                 self._connecting.add(task)

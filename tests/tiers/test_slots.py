@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 
 from nixl_async.tiers.index import FREE, FULL, RESERVED, Row, Stored
 from nixl_async.tiers.slots import SlotTable
 
 NOW = time.time()
+
+
+@pytest.fixture(autouse=True)
+def _no_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW)
 
 
 def _row(slot: int, state: int, generation: int, key: bytes | None, *, stored: float = NOW, used: float = NOW) -> Row:
