@@ -19,7 +19,7 @@ from bench.process import WorkerError
 from bench.report import Row, show, to_json
 from bench.served import AZURITE, JUICEFS, NGINX
 from bench.session import DEFAULT, SAME_HOST, TCP, UCX_TCP, Path, Settings, WrongBytes, judged
-from bench.suites import azure, busy, descriptors, files, idle, latency, many, s3, s3_many, stall, throughput
+from bench.suites import azure, busy, descriptors, files, idle, latency, many, s3, s3_many, stall, throughput, tiers
 
 app = typer.Typer(help="Measure nixl_async, its peers and the machine's limits in alternating turns.", no_args_is_help=True)
 
@@ -64,6 +64,7 @@ COMMANDS = {
     "s3-many": Command("Very many objects in one transfer", _servers(s3_many.many, NGINX, JUICEFS)),
     "azure": Command("Blobs of Azurite", ((AZURITE, azure.blobs),)),
     "files": Command("Blocks of a file", _servers(files.blocks, files.DIRECT, files.CACHE)),
+    "tiers": Command("Blocks by their keys", _servers(tiers.blocks, *tiers.KINDS)),
 }
 
 
@@ -84,6 +85,7 @@ class Only(enum.Enum):
     JUICEFS = JUICEFS
     DIRECT = files.DIRECT
     CACHE = files.CACHE
+    DRAM = tiers.DRAM
 
     def wants(self, path: str) -> bool:
         """Whether a suite for the path called `path` runs."""
@@ -212,6 +214,7 @@ for _name, _command_help in {
     "s3-many": "Thousands of objects of 64 KiB in one transfer: speed, loop and memory.",
     "azure": "Blobs of 8 MiB out of Azurite and into it.",
     "files": "Blocks of 16 KiB to 1 MiB of a file, past the page cache and through it.",
+    "tiers": "Blocks of 64 KiB by their keys, in memory and in files; contains. 100,000 of them: --mib 6250.",
 }.items():
     _command(_name, _command_help, {_name: COMMANDS[_name]})
 _command("all", "Every command, one after the other.", COMMANDS)

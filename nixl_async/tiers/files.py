@@ -61,6 +61,9 @@ class FileTier(LowerTier):
         self._refreshing: asyncio.Task[None] | None = None
         self._waiting: list[tuple[list[Stored], list[int], bool, asyncio.Future[None]]] = []
         self._committing: asyncio.Task[None] | None = None
+        self._unsynced: list[tuple[set[int], asyncio.Future[None]]] = []
+        self._syncing: asyncio.Task[None] | None = None
+        self._putting = asyncio.Lock()
         self._last_touch = time.monotonic()
 
     @property
@@ -194,7 +197,14 @@ class FileTier(LowerTier):
         try:
             places = await self._places(slots)
             memory = blocks.descriptor()
-            await self._context.agent.transfer(*((memory, places) if put else (places, memory)))
+            if not put:
+                await self._context.agent.transfer(places, memory)
+            elif self._options.direct:
+                await self._context.agent.transfer(memory, places)
+            else:
+                # Writers into the page cache of one file exclude each other, and spin while they wait.
+                async with self._putting:
+                    await self._context.agent.transfer(memory, places)
         except TransferError as error:
             if len(slots) == 1:
                 return [error]
@@ -327,16 +337,39 @@ class FileTier(LowerTier):
         self._reserve_done(got, taken, change)
 
     def _reserve_done(self, got: list[tuple[int, int]], taken: list[int], change: int) -> None:
-        generations = dict(got)
-        for slot in taken:
-            self._table.forget(slot)
-            self._table.generation[slot] = generations[slot]
+        if taken:
+            generations = dict(got)
+            self._table.forget_taken(taken, [generations[slot] for slot in taken])
         self.counters.evictions += len(taken)
         if change:
             self._own_change(change)
         self._reserved = sorted([*self._reserved, *got])
 
     async def _sync(self, numbers: set[int]) -> None:
+        """Have segments reach the device; who asks while that goes on shares the next turn."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.add_done_callback(heard)
+        self._unsynced.append((numbers, done))
+        if self._syncing is None:
+            self._syncing = asyncio.create_task(self._sync_all())
+        await asyncio.shield(done)
+
+    async def _sync_all(self) -> None:
+        try:
+            while self._unsynced:
+                batch, self._unsynced = self._unsynced, []
+                try:
+                    await self._sync_segments(set().union(*(numbers for numbers, _ in batch)))
+                except NixlError as error:
+                    for _, done in batch:
+                        done.set_exception(error)
+                    continue
+                for _, done in batch:
+                    done.set_result(None)
+        finally:
+            self._syncing = None
+
+    async def _sync_segments(self, numbers: set[int]) -> None:
         regions = [await self._segment(number) for number in sorted(numbers)]
 
         def sync() -> None:
@@ -416,8 +449,8 @@ class FileTier(LowerTier):
 
     async def aclose(self) -> None:
         """Finish the commits, note what was used, give reserved slots back, close the files."""
-        while self._committing is not None:
-            await asyncio.wait([self._committing])
+        while (running := self._syncing or self._committing) is not None:
+            await asyncio.wait([running])
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])
         touched = self._table.take_touched()

@@ -30,6 +30,8 @@ FREE, RESERVED, FULL = 0, 1, 2
 BUSY_SECONDS = 30.0
 QUARANTINE_SECONDS = 1.0
 """How long a dead process's reserved slots are left alone."""
+ROWS_AT_ONCE = 512
+"""Rows that one statement updates; SQLite takes 32766 parameters."""
 SQLITE_NEEDED = (3, 35, 0)
 
 _SCHEMA = """
@@ -285,6 +287,23 @@ class Index:
         found = self._write.execute("UPDATE meta SET value = value + 1 WHERE name = 'change' RETURNING value").fetchone()
         return int(found[0])
 
+    def _update(self, columns: str, rows: Iterable[tuple[Any, ...]], what: str, where: str, given: tuple[Any, ...]) -> int:
+        """Update the slots that `rows` name, many by one statement; return how many were updated.
+
+        The interpreter is locked and unlocked for each statement, and a loop that is busy makes each of those slow.
+        """
+        left, done = list(rows), 0
+        mark = f"({', '.join('?' * len(columns.split(',')))})"
+        for at in range(0, len(left), ROWS_AT_ONCE):
+            part = left[at : at + ROWS_AT_ONCE]
+            self._write.execute(
+                f"WITH new ({columns}) AS (VALUES {', '.join([mark] * len(part))})"
+                f" UPDATE slots SET {what} FROM new WHERE slots.slot = new.slot AND {where}",
+                [*(value for row in part for value in row), *given],
+            )
+            done += self._write.execute("SELECT changes()").fetchone()[0]
+        return done
+
     def reserve(
         self, n: int, victims: Callable[[], Iterable[tuple[int, int]]]
     ) -> tuple[list[tuple[int, int]], list[int], int]:
@@ -303,10 +322,12 @@ class Index:
             change = 0
             if not got:
                 change = self._next_change()
-                self._write.executemany(
-                    f"UPDATE slots SET state = {RESERVED}, owner = ?, generation = generation + 1, key = NULL, change = ?"
-                    f" WHERE slot = ? AND generation = ? AND state = {FULL}",
-                    [(self.owner, change, slot, generation) for slot, generation in victims()],
+                self._update(
+                    "slot, generation",
+                    victims(),
+                    f"state = {RESERVED}, owner = ?, generation = slots.generation + 1, key = NULL, change = ?",
+                    f"slots.generation = new.generation AND slots.state = {FULL}",
+                    (self.owner, change),
                 )
                 got = self._write.execute("SELECT slot, generation FROM slots WHERE change = ?", (change,)).fetchall()
                 taken = [slot for slot, _ in got]
@@ -351,12 +372,14 @@ class Index:
             self._write.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             with self._transaction():
                 change = self._next_change()
-                rows = [(b.key, b.checksum, b.kind, b.stored, b.stored, change, b.slot, self.owner) for b in blocks]
-                done = self._write.executemany(
-                    f"UPDATE slots SET state = {FULL}, owner = NULL, key = ?, checksum = ?, kind = ?, stored = ?, used = ?,"
-                    f" change = ? WHERE slot = ? AND owner = ? AND state = {RESERVED}",
-                    rows,
-                ).rowcount
+                done = self._update(
+                    "slot, key, checksum, kind, stored",
+                    blocks,
+                    f"state = {FULL}, owner = NULL, key = new.key, checksum = new.checksum, kind = new.kind, stored = new.stored,"
+                    " used = new.stored, change = ?",
+                    f"slots.owner = {self.owner} AND slots.state = {RESERVED}",
+                    (change,),
+                )
                 if done != len(blocks):
                     raise BackendError(
                         f"{len(blocks) - done} of {len(blocks)} slots of {self.directory} were taken from this process",

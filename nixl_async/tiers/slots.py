@@ -106,6 +106,19 @@ class SlotTable:
         self.full[slot] = False
         self._touched.pop(slot, None)
 
+    def forget_taken(self, slots: Sequence[int], generations: Sequence[int]) -> None:
+        """Take out the blocks of slots that are reserved for others, which began `generations`."""
+        keys, slot_of, touched = self.keys, self.slot_of, self._touched
+        for slot in slots:
+            key = keys[slot]
+            if key is not None and slot_of.get(key) == slot:
+                del slot_of[key]
+            keys[slot] = None
+            touched.pop(slot, None)
+        which = np.array(slots, np.int64)
+        self.full[which] = False
+        self.generation[which] = generations
+
     def touch(self, slots: Array) -> None:
         """Note that slots are used."""
         self.used[slots] = time.time()

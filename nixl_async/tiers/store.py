@@ -29,6 +29,8 @@ CHUNK_NBYTES = 32 << 20
 CHUNK_BLOCKS = 512
 """Blocks that are worked on in one go: as many as cost the loop less than a millisecond."""
 CHUNKS_AT_ONCE = 3
+DURABLE_CHUNKS_AT_ONCE = 8
+"""Those that wait for the device share its turns, if there are enough of them."""
 BATCH_NBYTES = 8 << 20
 BATCH_BLOCKS = 128
 QUEUE_NBYTES = 256 << 20
@@ -173,7 +175,7 @@ class Tiers:
             raise ConfigurationError("durable=True needs a tier of Files or Objects; there is only DRAM")
         with _Call(self):
             given, blocks = await self._check(keys, memory)
-            found = await self._in_chunks(given, blocks, lambda k, b: self._cascade.put(k, b, durable=durable))
+            found = await self._in_chunks(given, blocks, lambda k, b: self._cascade.put(k, b, durable=durable), durable)
             self._puts += len(given)
             await self._sweep_now_and_then()
         return found
@@ -335,7 +337,11 @@ class Tiers:
         return given, Blocks.of(memory, len(given), self.block_nbytes)
 
     async def _in_chunks(
-        self, keys: list[bytes], blocks: Blocks, work: Callable[[list[bytes], Blocks], Awaitable[list[Outcome]]]
+        self,
+        keys: list[bytes],
+        blocks: Blocks,
+        work: Callable[[list[bytes], Blocks], Awaitable[list[Outcome]]],
+        durable: bool = False,
     ) -> list[Outcome]:
         step = self._chunk if blocks.readable else min(self._chunk, self._batch)
         if len(keys) <= step:
@@ -350,7 +356,7 @@ class Tiers:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(CHUNKS_AT_ONCE):
+                for _ in range(DURABLE_CHUNKS_AT_ONCE if durable else CHUNKS_AT_ONCE):
                     group.create_task(worker())
         except BaseExceptionGroup as errors:
             raise bare(errors) from None
