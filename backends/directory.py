@@ -242,6 +242,11 @@ class DirectoryBackend(StorageBackend):
 
     # Questions.
 
+    def check_keys(self, address: StoreAddress, keys: Sequence[str]) -> None:
+        """Refuse keys that would leave the directory."""
+        for key in keys:
+            path_of(address, key)
+
     async def stat(self, address: StoreAddress, keys: Sequence[str]) -> list[Stat | None]:
         """Look up files."""
 

@@ -250,6 +250,9 @@ class StorageBackend(Backend):
             ConfigurationError: an option is unknown or wrong.
         """
 
+    def check_keys(self, address: StoreAddress, keys: Sequence[str]) -> None:
+        """Raise `DescriptorError` for a key that the store cannot have; asked when objects are named. Pure, cheap, no I/O."""
+
     async def stat(self, address: StoreAddress, keys: Sequence[str]) -> list[Stat | None]:
         """Look up objects; `None` for those that do not exist."""
         raise BackendError(f"backend {self.name!r} answers no questions", backend=self.name)

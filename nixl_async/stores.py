@@ -35,8 +35,14 @@ class Store:
         return self.objects([key], nbytes, if_none_match=if_none_match)
 
     def objects(self, keys: Sequence[str], nbytes: ArrayLike | None = None, *, if_none_match: bool = False) -> ObjectRegion:
-        """Name many objects of `nbytes` bytes each (one number, or a list); no request is made."""
-        return ObjectRegion(self.address, self._full(keys), nbytes, if_none_match=if_none_match)
+        """Name many objects of `nbytes` bytes each (one number, or a list); no request is made.
+
+        Raises:
+            DescriptorError: the store cannot have such a key, or a size is none.
+        """
+        full = self._full(keys)
+        self._backend.check_keys(self.address, full)
+        return ObjectRegion(self.address, full, nbytes, if_none_match=if_none_match)
 
     async def exists(self, keys: Sequence[str]) -> Sequence[bool]:
         """Tell of each key whether there is an object."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nixl_async.descriptors import Descriptor, MemoryKind, Region
 from nixl_async.errors import DescriptorError
-from nixl_async.http import view
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -89,11 +87,3 @@ class Blocks:
         rows = zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
         region = self.region
         return [[region[at : at + n] for at, n in zip(starts, sizes, strict=True)] for starts, sizes in rows]
-
-    def views(self) -> list[Sequence[memoryview]]:
-        """Return the bytes of each block; only while the region is held by a transfer or by the caller."""
-        whole = view(self.region.address, self.region.nbytes)
-        if self.offsets.shape[1] == 1:
-            return [(whole[at : at + self.block_nbytes],) for at in self.offsets[:, 0].tolist()]
-        rows = zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
-        return [[whole[at : at + n] for at, n in zip(starts, sizes, strict=True)] for starts, sizes in rows]

@@ -1,59 +1,35 @@
-"""Checksums of blocks: CRC-64/NVME by awscrt where it is installed, else zlib's CRC-32; which of them is kept with each block.
-
-A checksum covers the block's key and then its bytes, so that a block in another's place does not pass. Both libraries release the
-GIL; call this on a thread.
-"""
+"""Checksums of blocks: CRC-64/NVME over the block's key and then its bytes, so that a block in another's place does not pass."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nixl_async.errors import MissingDependency
+from nixl_async.native import ffi, int64, lib
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NONE, CRC64NVME, CRC32 = 0, 1, 2
+    from nixl_async.tiers.blocks import Blocks
+
+NONE, CRC64NVME = 0, 1
 """The kinds as they are kept on disk. NONE: the block was written with `checksum=False` and cannot be verified."""
 
-_Function = Callable[[memoryview, int], int]
-_functions: dict[int, _Function] = {CRC32: lambda data, before: zlib.crc32(data, before)}
 
+def checksum_blocks(keys: Sequence[bytes], blocks: Blocks) -> NDArray[np.uint64]:
+    """Return the checksum of each block; on a thread, and only while the region is held: the bytes are read where they are.
 
-def best_kind() -> int:
-    """Return the kind that new blocks get."""
-    return CRC64NVME if find_spec("awscrt") is not None else CRC32
-
-
-def checksum_blocks(kind: int, keys: Sequence[bytes], blocks: Iterable[Sequence[memoryview]]) -> NDArray[np.uint64]:
-    """Return the checksum of each block, whose bytes are given as views.
-
-    Raises:
-        MissingDependency: the kind is awscrt's and awscrt is not installed.
+    It lets the interpreter's lock go once for all blocks and not for each: with a busy loop, getting it back is what takes time.
     """
-    function = _function(kind)
-    found = np.empty(len(keys), np.uint64)
-    for at, (key, views) in enumerate(zip(keys, blocks, strict=True)):
-        value = function(memoryview(key), 0)
-        for one in views:
-            value = function(one, value)
-        found[at] = value
+    joined = b"".join(keys)
+    lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+    start = int(ffi.cast("intptr_t", ffi.from_buffer(joined)))
+    found = np.zeros(len(keys), np.uint64)
+    values = ffi.from_buffer("uint64_t[]", found, require_writable=True)
+    lib.nx_crc64nvme(int64(np.cumsum(lengths) - lengths + start), int64(lengths), len(keys), 1, values)
+    addresses = np.ascontiguousarray(blocks.offsets + blocks.region.address)
+    sizes = np.ascontiguousarray(blocks.lengths)
+    lib.nx_crc64nvme(int64(addresses), int64(sizes), len(keys), addresses.shape[1], values)
     return found
-
-
-def _function(kind: int) -> _Function:
-    function = _functions.get(kind)
-    if function is None:
-        try:
-            from awscrt.checksums import crc64nvme
-        except ImportError as error:
-            raise MissingDependency(
-                "blocks with CRC-64/NVME checksums need awscrt: pip install 'nixl-async[s3]', or open with verify=False"
-            ) from error
-        function = _functions[CRC64NVME] = lambda data, before: int(crc64nvme(data, before))
-    return function

@@ -14,7 +14,7 @@ import numpy as np
 from nixl_async.backend import quiesce
 from nixl_async.memory import MemoryRegion
 from nixl_async.tiers.blocks import Blocks
-from nixl_async.tiers.checksums import NONE, best_kind, checksum_blocks
+from nixl_async.tiers.checksums import CRC64NVME, NONE, checksum_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class Context:
     def __init__(self, agent: Agent, block_nbytes: int, *, checksum: bool = True, verify: bool = True) -> None:
         self.agent = agent
         self.block_nbytes = block_nbytes
-        self.kind = best_kind() if checksum else NONE
+        self.kind = CRC64NVME if checksum else NONE
         self.verify = verify
         self._threads = ThreadPoolExecutor(N_THREADS, thread_name_prefix=f"nixl-tiers-{agent.name}")
 
@@ -44,7 +44,7 @@ class Context:
         """Return the checksum of each block, zeros for kind NONE."""
         if kind == NONE:
             return np.zeros(len(keys), np.uint64)
-        return await self.on_thread(lambda: checksum_blocks(kind, keys, blocks.views()))
+        return await self.on_thread(checksum_blocks, keys, blocks)
 
     async def verified(
         self,
@@ -61,6 +61,10 @@ class Context:
         here = np.array([error is None for error in errors], np.bool_)
         for kind in np.unique(kinds[here]).tolist():
             if kind == NONE:
+                continue
+            if kind != CRC64NVME:
+                # Of no version of ours, or damaged: not bytes to hand out.
+                good[(kinds == kind) & here] = False
                 continue
             which = np.flatnonzero((kinds == kind) & here)
             mine = blocks if len(which) == len(keys) else blocks.take(which)

@@ -231,3 +231,14 @@ def test_killed_at_any_moment_every_object_is_whole(tmp_path: Path) -> None:
             assert len(content) == 50_000
             assert set(content) in ({1}, {2})
     assert asyncio.run(_names(tmp_path)) == [str(number) for number in range(10)]
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/x", "a//b", ".", "a/./b", "x\0"])
+async def test_keys_that_leave_the_directory_are_refused_when_they_are_named(agent: Agent, tmp_path: Path, key: str) -> None:
+    store = await agent.store(f"file://{tmp_path}/store")
+    with pytest.raises(DescriptorError, match="is no file"):
+        store.objects(["fine", key], 100)
+    with pytest.raises(DescriptorError, match="is no file"):
+        await store.exists([key])
+    with pytest.raises(DescriptorError, match="is no file"):
+        await store.delete([key])

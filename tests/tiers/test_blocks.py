@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from nixl_async import BlockLayout, DescriptorError
+from nixl_async.http import view
 from nixl_async.tiers.blocks import Blocks
 from tests.tiers.conftest import BLOCK, Bench, N
 
 
 def _bytes(blocks: Blocks) -> list[bytes]:
-    return [b"".join(bytes(view) for view in views) for views in blocks.views()]
+    whole = view(blocks.region.address, blocks.region.nbytes)
+    rows = zip(blocks.offsets.tolist(), blocks.lengths.tolist(), strict=True)
+    return [b"".join(bytes(whole[at : at + n]) for at, n in zip(*row, strict=True)) for row in rows]
 
 
 def test_pages_are_blocks(bench: Bench) -> None:

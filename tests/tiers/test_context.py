@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nixl_async.tiers.blocks import Blocks
-from nixl_async.tiers.checksums import CRC32, NONE
+from nixl_async.tiers.checksums import CRC64NVME, NONE
 from nixl_async.tiers.context import Context, Slots, together
 from tests.tiers.conftest import BLOCK, Bench, N
 
@@ -56,8 +56,8 @@ async def test_work_on_a_thread_ends_before_a_cancelled_call_does(bench: Bench) 
 async def test_the_wrong_blocks_are_found(bench: Bench) -> None:
     context = Context(bench.agent, BLOCK)
     blocks = Blocks.of(bench.src(), N, BLOCK)
-    sums = await context.checksums(CRC32, bench.keys, blocks)
-    kinds = np.full(N, CRC32, np.uint8)
+    sums = await context.checksums(CRC64NVME, bench.keys, blocks)
+    kinds = np.full(N, CRC64NVME, np.uint8)
     bench.data[7 * BLOCK] ^= 1
     bench.data[8 * BLOCK] ^= 1
     bench.data[9 * BLOCK] ^= 1
@@ -66,6 +66,8 @@ async def test_the_wrong_blocks_are_found(bench: Bench) -> None:
     errors[8] = "not looked at"
     good = await context.verified(bench.keys, blocks, sums, kinds, errors)
     assert np.flatnonzero(~good).tolist() == [7]
+    kinds[5] = 77
+    assert np.flatnonzero(~await context.verified(bench.keys, blocks, sums, kinds, errors)).tolist() == [5, 7]
     context.close()
 
 
