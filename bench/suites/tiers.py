@@ -14,8 +14,13 @@ from bench.suites.files import CACHE, DIRECT
 
 BLOCK = 64 << 10
 QUICK_BLOCKS = 32
+CALL_BLOCKS = 4096
+"""Blocks of a call, as in the workers."""
+MODULE = "bench.workers.tiers"
 DRAM = "dram"
+KINDS = (DRAM, CACHE, DIRECT)
 RAW = "agent.transfer"
+UNCHECKED = "nixl_async, no checksums"
 SHARE = 0.8
 CONTAINS_US = 2.0
 PUT, DURABLE, GET = "put", "put, durable", "get"
@@ -31,10 +36,14 @@ class _Turns:
     ops: tuple[str, ...]
     salt: int = 1
 
+    def place(self, single: Any) -> str:
+        """Return the contender's own directory."""
+        return f"{self.directory}/{single.contender.label.replace(' ', '-')}"
+
     def take(self, single: Any) -> dict[str, dict[str, float]]:
         """Put every block, durably or not, and get it: seconds of each, and of asking for keys where there are any."""
         found: dict[str, dict[str, float]] = {}
-        worker, where = single.worker, f"{self.directory}/{single.contender.module}"
+        worker = single.worker
         for durable in (False, True):
             op = DURABLE if durable else PUT
             if op not in self.ops:
@@ -45,7 +54,7 @@ class _Turns:
             found[GET] = got = worker.call("get", salt=self.salt)
             if got["wrong"]:
                 raise WrongBytes(f"{single.contender.label}: {got['wrong']:.0f} of {self.n_blocks} blocks hold wrong bytes")
-            worker.call("settle", directory=where)
+            worker.call("settle", directory=self.place(single))
         if single.contender.label == OURS:
             found["contains"] = worker.call("contains")
         return found
@@ -56,18 +65,23 @@ def blocks(settings: Settings, kind: str) -> Iterator[Row]:
     size = settings.sizes[0] if settings.sizes else BLOCK
     n_blocks = QUICK_BLOCKS if settings.quick else max(1, settings.nbytes // size)
     ops = (PUT, GET) if kind == DRAM else (PUT, DURABLE, GET)
-    mine, raw = Contender(OURS, "bench.workers.tiers"), Contender(RAW, "bench.workers.raw_tiers")
-    nbytes = min(n_blocks, 4096) * size
-    with room(2 * n_blocks * size, memory=False) as directory, singles([mine, raw], nbytes, settings) as started:
+    everyone = [Contender(OURS, MODULE), Contender(RAW, "bench.workers.raw_tiers")]
+    if kind != DRAM:
+        # What the checksums cost, for information: a tier of memory has none.
+        everyone.append(Contender(UNCHECKED, MODULE, options={"checksums": False}))
+    nbytes = min(n_blocks, CALL_BLOCKS) * size
+    with room(len(everyone) * n_blocks * size, memory=False) as directory, singles(everyone, nbytes, settings) as started:
+        turns = _Turns(n_blocks, str(directory), ops)
         for single in started.values():
-            where = f"{directory}/{single.contender.module}"
+            where = turns.place(single)
             aim = {"tier": DRAM if kind == DRAM else "files", "directory": where, "direct": kind == DIRECT}
             single.worker.call("aim", block_nbytes=size, n_blocks=n_blocks, **aim)
-        turns = _Turns(n_blocks, str(directory), ops)
         samples = alternate(started, settings, f"tiers {kind}", turns.take)
     for op in ops:
         figures = {label: _speed(label, [one[op] for one in taken], n_blocks * size) for label, taken in samples.items()}
-        row = Row("tiers", {"tier": kind, "op": op, "page": size, "blocks": n_blocks}, "GB/s", figures[OURS], [], figures[RAW])
+        case = {"tier": kind, "op": op, "page": size, "blocks": n_blocks}
+        others = [figure for label, figure in figures.items() if label == UNCHECKED]
+        row = Row("tiers", case, "GB/s", figures[OURS], others, figures[RAW])
         row.share_of_raw(SHARE)
         yield row
     asked = tuple(one["contains"]["seconds"] / one["contains"]["keys"] * 1e6 for one in samples[OURS])
@@ -79,6 +93,3 @@ def blocks(settings: Settings, kind: str) -> Iterator[Row]:
 def _speed(label: str, taken: list[dict[str, float]], nbytes: int) -> Figure:
     cpu = sorted(one["cpu"] / nbytes * _GB for one in taken)[len(taken) // 2]
     return Figure(label, tuple(nbytes / one["seconds"] / _GB for one in taken), f"{cpu:.2f} CPU s/GB")
-
-
-KINDS = (DRAM, CACHE, DIRECT)

@@ -35,11 +35,12 @@ class Filled(Common):
         self.region: Any = None
         self.buffer = np.zeros(0, np.uint8)
         self.block_nbytes = self.n_blocks = self.call_blocks = 0
-        self.order = self.places = np.zeros(0, np.int64)
+        self.order = np.zeros(0, np.int64)
+        self.checksums = True
 
     async def open(self, role: str, nbytes: int, options: dict[str, Any]) -> None:
         """Open the agent; register the buffer."""
-        self.buffer = allocate_aligned(nbytes)
+        self.buffer, self.checksums = allocate_aligned(nbytes), options.get("checksums", True)
         self.agent = await Agent("bench", backends=["memory", "posix"]).__aenter__()
         self.region = await self.agent.register(self.buffer)
 
@@ -137,7 +138,8 @@ class Tiered(Filled):
         """Open the tier. A call's blocks fill a file."""
         nbytes = self.n_blocks * self.block_nbytes
         kept = DRAM(nbytes) if tier == "dram" else Files(directory, nbytes, direct=direct, segment_nbytes=self.call_nbytes)
-        self.tiers = await self.stack.enter_async_context(Tiers(self.agent, [kept], block_nbytes=self.block_nbytes))
+        tiers = Tiers(self.agent, [kept], block_nbytes=self.block_nbytes, checksum=self.checksums, verify=self.checksums)
+        self.tiers = await self.stack.enter_async_context(tiers)
 
     def ready(self, salt: int) -> None:
         """Make the keys: new ones, so that what is there must go."""
