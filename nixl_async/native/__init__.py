@@ -1,4 +1,4 @@
-"""The one compiled module: segment copies, the socket engine, the UCX engine. `ffi` and `lib` are cffi's.
+"""The one compiled module: copies, checksums, the socket engine, the file engine, the UCX engine. `ffi` and `lib` are cffi's.
 
 Every call releases the GIL. Arrays go in as `int64(array)`, which must stay alive while C uses them.
 """

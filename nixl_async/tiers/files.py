@@ -23,6 +23,7 @@ from nixl_async.errors import IntegrityError, NixlError, TransferError
 from nixl_async.files import os_error
 from nixl_async.storage import FileRegion
 from nixl_async.tiers.blocks import Blocks
+from nixl_async.tiers.checksums import NONE
 from nixl_async.tiers.context import Context, heard, together
 from nixl_async.tiers.index import Index, Row, Stored
 from nixl_async.tiers.options import Files
@@ -322,10 +323,10 @@ class FileTier(LowerTier):
 
     async def _reserve(self, n: int) -> None:
         wanted = max(1, min(max(n, RESERVED_AT_ONCE), max(n, self._index.n_slots // 16), self._index.n_slots))
-        table, ttl = self._table, self._options.ttl
+        table, ttl, unsummed = self._table, self._options.ttl, self._context.kind == NONE
 
         def reserve() -> tuple[list[tuple[int, int]], list[int], int]:
-            return self._index.reserve(wanted, lambda: table.oldest(wanted, ttl))
+            return self._index.reserve(wanted, lambda: table.oldest(wanted, ttl), unsummed)
 
         reserving = asyncio.get_running_loop().run_in_executor(self._writer, reserve)
         try:

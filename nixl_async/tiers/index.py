@@ -273,7 +273,9 @@ class Index:
     # Transactions.
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, durable: bool = False) -> Iterator[None]:
+        # Without FULL, a commit is safe from the end of the process, and not from the end of the machine.
+        self._write.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         self._write.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -305,16 +307,18 @@ class Index:
         return done
 
     def reserve(
-        self, n: int, victims: Callable[[], Iterable[tuple[int, int]]]
+        self, n: int, victims: Callable[[], Iterable[tuple[int, int]]], durable: bool = False
     ) -> tuple[list[tuple[int, int]], list[int], int]:
         """Reserve up to `n` slots: free ones, then ones never used; if there are none, all of `victims`, (slot, generation).
 
         Return the slots with their generations, those of them that were taken from blocks, and the change (0: nothing was taken).
+        `durable`: return once that is on the device, without which the end of the machine can leave a block known whose slot was
+        written again. Its checksum tells.
 
         Raises:
             OutOfSpace: not one slot can be had.
         """
-        with _mapped("reserving slots", str(self.directory)), self._transaction():
+        with _mapped("reserving slots", str(self.directory)), self._transaction(durable):
             got = self._reserve_free(n)
             if len(got) < n:
                 got += self._reserve_fresh(n - len(got))
@@ -368,9 +372,7 @@ class Index:
             BackendError: the slots are no longer this process's, or SQLite failed; then none of the blocks is known.
         """
         with _mapped("storing blocks", str(self.directory)):
-            # Without FULL, a commit is safe from the end of the process, and not from the end of the machine.
-            self._write.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            with self._transaction():
+            with self._transaction(durable):
                 change = self._next_change()
                 done = self._update(
                     "slot, key, checksum, kind, stored",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -182,3 +184,29 @@ async def test_many_small_writes_share_transactions(bench: Bench, open_tier: Ope
     assert tier._index.latest() - before < N
     assert await tier.read(bench.keys, _dst(bench)) == [None] * N
     assert bench.right()
+
+
+async def test_durable_writes_share_the_device_s_turns(bench: Bench, open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = await open_tier()
+    synced, fdatasync = [], os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), fdatasync(fd)))
+    writes = (tier.write([bench.keys[at]], _src(bench, [at]), durable=True) for at in range(16))
+    assert await asyncio.gather(*writes) == [[None]] * 16
+    assert 0 < len(synced) < 16
+
+
+async def test_a_device_that_fails_to_sync_acknowledges_nothing(
+    bench: Bench, open_tier: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = await open_tier()
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        writes = (tier.write([bench.keys[at]], _src(bench, [at]), durable=True) for at in range(4))
+        failed = await asyncio.gather(*writes)
+    assert all("segments" in str(error) for (error,) in failed), failed
+    assert not any(key in tier.known for key in bench.keys)
+    assert await tier.write(bench.keys, _src(bench), durable=True) == [None] * N

@@ -202,3 +202,22 @@ def test_made_smaller_it_keeps_what_still_has_room(open_index: Open) -> None:
     assert len(_keys(b)) == 4
     with pytest.raises(OutOfSpace):
         b.reserve(1, lambda: [])
+
+
+def test_only_what_is_to_be_durable_waits_for_the_device(open_index: Open) -> None:
+    index = open_index()
+    (slot, _), *_ = index.reserve(4, lambda: [])[0]
+    index.store([Stored(slot, b"x", 7, 1, time.time())], True)
+    full, normal = (2,), (1,)
+    assert index._write.execute("PRAGMA synchronous").fetchone() == full
+    index.reserve(1, lambda: [])
+    assert index._write.execute("PRAGMA synchronous").fetchone() == normal
+    index.reserve(1, lambda: [], True)
+    assert index._write.execute("PRAGMA synchronous").fetchone() == full
+
+
+def test_more_blocks_than_one_statement_takes(open_index: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
+    index = open_index()
+    _store(index, [b"%d" % at for at in range(8)])
+    assert _keys(index) == {b"%d" % at for at in range(8)}
