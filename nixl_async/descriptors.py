@@ -121,9 +121,10 @@ class Region:
         chosen = integers("indices", indices)
         n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
         allowed = f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes"
-        _check_bounds("page index", chosen, n_pages, allowed)
-        # 32 bits where they do: half the memory is half the page faults, which cost more than the copying.
+        # Copied first: that brings the list into the cache, and the check finds it there. 32 bits where they do: half the memory is
+        # half the page faults, which cost more than the copying.
         narrow: Any = chosen.astype(np.int32 if n_pages < 1 << 31 else np.int64)
+        _check_bounds("page index", chosen, n_pages, allowed)
         return Descriptor.paged(self, narrow, page_nbytes, stride, offset)
 
     def ranges(self, offsets: ArrayLike, nbytes: ArrayLike) -> Descriptor:

@@ -23,6 +23,7 @@ from nixl_async.tiers import DRAM, Files, Tiers
 
 CALL_BLOCKS = 4096
 ASKED_AT_ONCE = 4096
+MOST_SPARE = 2048
 SEED = 11
 
 
@@ -137,7 +138,11 @@ class Tiered(Filled):
     async def enter(self, tier: str, directory: Path, direct: bool) -> None:
         """Open the tier. A call's blocks fill a file."""
         nbytes = self.n_blocks * self.block_nbytes
-        kept = DRAM(nbytes) if tier == "dram" else Files(directory, nbytes, direct=direct, segment_nbytes=self.call_nbytes)
+        # Slots are reserved ahead of need: without some to spare, a turn's last blocks would evict its first.
+        more = min(MOST_SPARE, self.n_blocks // 8) * self.block_nbytes
+        kept = (
+            DRAM(nbytes) if tier == "dram" else Files(directory, nbytes + more, direct=direct, segment_nbytes=self.call_nbytes)
+        )
         tiers = Tiers(self.agent, [kept], block_nbytes=self.block_nbytes, checksum=self.checksums, verify=self.checksums)
         self.tiers = await self.stack.enter_async_context(tiers)
 
