@@ -118,7 +118,7 @@ class Region:
         offset = operator.index(offset)
         if offset < 0:
             raise DescriptorError(f"offset is {offset}; it must not be negative")
-        chosen = integers("indices", indices)
+        chosen = integers("indices", indices, as_given=np.int32)
         n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
         allowed = f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes"
         # Copied first: that brings the list into the cache, and the check finds it there. 32 bits where they do: half the memory is
@@ -306,7 +306,7 @@ class BlockLayout:
             return np.arange(length, dtype=np.int64)
         if isinstance(selection, slice):
             return np.arange(length, dtype=np.int64)[selection]
-        chosen = integers(axis, selection)
+        chosen: Array = integers(axis, selection)
         _check_bounds(f"{axis} index", chosen, length, f"the layout has {length} along axis {axis!r}")
         return chosen
 
@@ -515,8 +515,8 @@ def _positive(what: str, value: int) -> int:
     return number
 
 
-def integers(what: str, values: ArrayLike) -> Array:
-    """Return whole numbers as a flat array, which may be the caller's own.
+def integers(what: str, values: ArrayLike, as_given: type[np.signedinteger[Any]] = np.int64) -> Any:
+    """Return whole numbers as a flat array of int64, or of `as_given` if they are that; it may be the caller's own.
 
     Raises:
         TypeError: they are no integers.
@@ -529,12 +529,13 @@ def integers(what: str, values: ArrayLike) -> Array:
         raise TypeError(f"{what} must be integers, not {array.dtype}")
     if array.dtype == np.uint64 and int(array.max()) > np.iinfo(np.int64).max:
         raise DescriptorError(f"{what} holds {int(array.max())}, which is more than any region has")
-    return np.asarray(array, np.int64).ravel()
+    return (array if array.dtype == as_given else np.asarray(array, np.int64)).ravel()
 
 
-def _check_bounds(what: str, values: Array, limit: int, allowed: str) -> None:
+def _check_bounds(what: str, values: Any, limit: int, allowed: str) -> None:
     # As unsigned numbers the negative ones are the largest: one pass finds both kinds of error.
-    if len(values) and int(values.view(np.uint64).max()) >= limit:
+    unsigned = values.view(np.uint32 if values.dtype == np.int32 else np.uint64)
+    if len(values) and int(unsigned.max()) >= limit:
         low, high = int(values.min()), int(values.max())
         raise DescriptorError(f"{what} {low if low < 0 else high} is out of range: {allowed}")
 

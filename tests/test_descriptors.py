@@ -403,3 +403,18 @@ def test_representations_say_what_they_are() -> None:
     region = Space("kv", 100, peer="decode")
     assert repr(region) == "<Space 'kv' of 'decode': 100 bytes DRAM>"
     assert repr(region.pages([0, 1], 10)) == f"<Descriptor: 2 ranges, 20 bytes of {region!r}>"
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.int64, np.uint32, np.uint64])
+def test_indices_of_any_kind_of_integer(kind: type[np.integer[Any]]) -> None:
+    region = Space(nbytes=1 << 20)
+    table = np.array([[3, 1], [100, 0]], kind)
+    pages = region.pages(table.T, 4096)
+    table[:] = 99
+    assert pages.offsets.tolist() == [3 * 4096, 100 * 4096, 4096, 0]
+    assert region.pages(np.arange(20, dtype=kind)[::2], 4096).offsets.tolist() == [at * 4096 for at in range(0, 20, 2)]
+    with pytest.raises(DescriptorError, match="page index 17 is out of range"):
+        Space(nbytes=4096 * 17).pages(np.array([0, 17], kind), 4096)
+    if np.dtype(kind).kind == "i":
+        with pytest.raises(DescriptorError, match="page index -1 is out of range"):
+            region.pages(np.array([0, -1], kind), 4096)

@@ -52,12 +52,13 @@ class Ours(Mover):
         self.remote = self.peer.region("kv")
 
     def prepare(self) -> None:
-        """Take the block table; making descriptors of it belongs to the timed part."""
-        self.indices = np.arange(len(self.order))
+        """Take the block tables, 32-bit as engines have them; making descriptors of them belongs to the timed part."""
+        self.indices = np.arange(len(self.order), dtype=np.int32)
+        self.table = self.order.astype(np.int32)
 
     def _sides(self) -> tuple[Descriptor, Descriptor]:
         near = self.region.pages(self.indices, self.page_nbytes)
-        far = self.remote.pages(self.order, self.page_nbytes)
+        far = self.remote.pages(self.table, self.page_nbytes)
         return (near, far) if self.write else (far, near)
 
     async def move(self) -> dict[str, Any]:
