@@ -220,6 +220,12 @@ class UCXBackend(Backend):
             return "it is not connected to that peer"
         return None
 
+    def how(self, src: Side, dst: Side) -> str:
+        """Tell whether small pages travel many to a message."""
+        peer = self._peers.get(src.peer or dst.peer or "")
+        packs = peer is not None and not peer.stock and not peer.lost and lib.nx_ucx_packs(peer.pointer)
+        return f"one-sided{', small pages packed' if packs else ''}"
+
     async def copy(self, op: Op) -> None:
         """Hand the segments to the native thread; when cancelled, post no more and wait for those that are under way."""
         peer = self._peer(op.peer)

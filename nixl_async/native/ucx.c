@@ -721,3 +721,5 @@ int nx_ucx_send(nx_ucx_ep *ep, int64_t id, const uint8_t *data, int64_t nbytes) 
     }
     return 0;
 }
+
+int nx_ucx_packs(nx_ucx_ep *ep) { return __atomic_load_n(&ep->hears, __ATOMIC_RELAXED); }

@@ -22,3 +22,6 @@ int nx_ucx_send(nx_ucx_ep *ep, int64_t id, const uint8_t *data, int64_t nbytes);
 int64_t nx_ucx_receive(nx_ucx *engine, uint8_t *data, int64_t room);
 int nx_ucx_completions(nx_ucx *engine, int64_t *ids, int64_t *statuses, int max);
 const char *nx_ucx_text(int status);
+
+/* Whether the peer has said that it takes small pages packed into messages; until then all is one-sided. */
+int nx_ucx_packs(nx_ucx_ep *ep);

@@ -73,6 +73,9 @@ async def test_packed_pages_are_checked_by_the_side_that_owns_the_memory(put: bo
         await known(a, peer, "other")
         mine = pattern(1 << 20, 2)
         here, there = await a.register(mine), peer.region("kv")
+        while "packed" not in a.explain(here, there).how:
+            # The other side greets once its endpoint is there.
+            await asyncio.sleep(0)
         order = np.random.default_rng(3).permutation(256)
         canary, own = Canary(memory), Canary(mine)
 
