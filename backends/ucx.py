@@ -63,6 +63,7 @@ _BATCH = 256
 _SIOCGIFADDR = 0x8915
 _LOOPBACK_NET = 127
 _CANCELLED = -1000
+_NOT_CONNECTED = -24
 _NOT_OF_THE_PEER = frozenset({-1, -4, -5, -8, -22})
 
 
@@ -298,6 +299,9 @@ class UCXBackend(Backend):
             # Behind the packed key, which UCX knows the end of, comes the token.
             rkey = lib.nx_ucx_rkey(peer.pointer, packed, status)
             if rkey == ffi.NULL:
+                # The endpoint may have failed already, which this thread is about to be told.
+                if status[0] == _NOT_CONNECTED:
+                    raise self._error(status[0], peer)
                 raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
             peer.rkeys[key] = rkey
         return rkey

@@ -83,7 +83,7 @@ struct nx_ucx_ep {
     ucp_ep_h ep;
     int64_t id;
     uint64_t identity; /* of the peer, 0 for one that is no agent of ours */
-    int refs, wants_close, closed, reported, hears;
+    int refs, wants_close, closed, reported, hears, gone;
     int64_t stop_ns; /* when its closing, or the end of one of its ops, was asked for */
     ucs_status_t failed;
     ucs_status_ptr_t closing;
@@ -121,6 +121,7 @@ struct nx_ucx {
     int64_t n_done, at_done, room_done;
     ucx_message *messages, **messages_end;
     int64_t messages_nbytes;
+    pthread_mutex_t close_lock; /* guards every endpoint's `gone` */
     pthread_mutex_t regions_lock;
     ucx_region *regions;
     uint64_t identity;
@@ -369,6 +370,10 @@ static int ucx_step_ep(nx_ucx_ep *ep) {
     if (!ep->closing && !ep->closed && (ep->failed != UCS_OK || (ep->wants_close && !ep->ops))) {
         ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS,
                                      .flags = ep->failed != UCS_OK ? UCP_EP_CLOSE_FLAG_FORCE : 0};
+        /* From here on no rkey is unpacked on it any more: UCX crashes on an endpoint that is gone. */
+        pthread_mutex_lock(&ep->engine->close_lock);
+        ep->gone = 1;
+        pthread_mutex_unlock(&ep->engine->close_lock);
         ep->closing = ucx.ucp_ep_close_nbx(ep->ep, &param);
         did = 1;
         if (!ep->closing || UCS_PTR_IS_ERR(ep->closing)) {
@@ -523,6 +528,7 @@ nx_ucx *nx_ucx_open(uintptr_t context, uintptr_t worker, int event_fd, char *why
     engine->identity = identity;
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->regions_lock, NULL);
+    pthread_mutex_init(&engine->close_lock, NULL);
     ucp_am_handler_param_t handler = {.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
                                                     UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG,
                                       .id = UCX_AM_ID, .flags = UCP_AM_FLAG_WHOLE_MSG, .cb = ucx_arrived, .arg = engine};
@@ -572,6 +578,7 @@ void nx_ucx_close(nx_ucx *engine) {
         pack_drop_region(engine, engine->regions->memory);
     close(engine->wake_fd);
     pthread_mutex_destroy(&engine->regions_lock);
+    pthread_mutex_destroy(&engine->close_lock);
     pthread_mutex_destroy(&engine->lock);
     free(engine->done);
     free(engine);
@@ -659,7 +666,9 @@ void nx_ucx_forget(nx_ucx_ep *ep) { ucx_unref(ep); }
 
 void *nx_ucx_rkey(nx_ucx_ep *ep, const uint8_t *key, int *status) {
     ucp_rkey_h rkey = NULL;
-    *status = ucx.ucp_ep_rkey_unpack(ep->ep, key, &rkey);
+    pthread_mutex_lock(&ep->engine->close_lock);
+    *status = ep->gone ? UCS_ERR_NOT_CONNECTED : ucx.ucp_ep_rkey_unpack(ep->ep, key, &rkey);
+    pthread_mutex_unlock(&ep->engine->close_lock);
     return *status == UCS_OK ? rkey : NULL;
 }
 
