@@ -1,7 +1,8 @@
 """Blobs of Azure Storage. The SDK owns configuration, credentials and signatures; requests take our own HTTP connections.
 
 The SDK downloads through one connection in blocks of 4 MiB and hands over copies. Ours sends every request with a shared access
-signature that the SDK makes, or with its bearer token, and receives bodies straight into registered memory.
+signature that the SDK makes, or with its bearer token, and receives bodies straight into registered memory. Where HTTPS_PROXY or
+HTTP_PROXY names a proxy, aiohttp sends them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nixl_async.backends.azure_config import (
     with_options,
 )
 from nixl_async.backends.azure_data import RANGE_CHECKED_NBYTES, ContainerData, block_name, crc64, new_mark
+from nixl_async.backends.azure_proxy import ProxyPool, proxy_for
 from nixl_async.descriptors import Plan, Side
 from nixl_async.errors import BackendError
 from nixl_async.http import Pool, PoolOptions
@@ -61,7 +63,7 @@ class AzureBackend(ObjectBackend):
         self._options = with_options(AzureOptions(), options)
         self.concurrency = self._options.concurrency
         self._containers: dict[tuple[str, tuple[tuple[str, Any], ...]], _Container] = {}
-        self._pools: dict[tuple[Any, ...], Pool] = {}
+        self._pools: dict[tuple[Any, ...], Pool | ProxyPool] = {}
         self._stack = AsyncExitStack()
         self._credential: Any = None
         self._opening = asyncio.Lock()
@@ -86,7 +88,11 @@ class AzureBackend(ObjectBackend):
         """Tell where the bytes go."""
         address = store_of(src, dst)
         container = self._containers.get((address.bucket, address.options))
-        return "store not open" if container is None else f"zero-copy HTTP to {container.data.host}"
+        if container is None:
+            return "store not open"
+        if isinstance(container.data.pool, ProxyPool):
+            return "aiohttp, because of a proxy"
+        return f"zero-copy HTTP to {container.data.host}"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -123,16 +129,17 @@ class AzureBackend(ObjectBackend):
         data = ContainerData(pool, parts.netloc, parts.path, authority, options.checksum, Retry(options.attempts))
         return _Container(options, client, data)
 
-    async def _pool(self, host: str, port: int | None, secure: bool, options: AzureOptions) -> Pool:
+    async def _pool(self, host: str, port: int | None, secure: bool, options: AzureOptions) -> Pool | ProxyPool:
         port = port or (443 if secure else 80)
-        at = (host, port, secure, options.verify, options.concurrency, options.connect_timeout, options.read_timeout)
+        proxy = proxy_for(host, port, secure)
+        at = (proxy, host, port, secure, options.verify, options.concurrency, options.connect_timeout, options.read_timeout)
         if at not in self._pools:
             # The system's certificates take tens of milliseconds to read.
             context = await asyncio.to_thread(tls_context, options.verify) if secure else None
             pool_options = PoolOptions(
                 host, port, context, host, options.concurrency, options.connect_timeout, options.read_timeout
             )
-            self._pools[at] = Pool(pool_options, self._loop)
+            self._pools[at] = Pool(pool_options, self._loop) if proxy is None else ProxyPool(pool_options, proxy)
         return self._pools[at]
 
     def _container(self, address: StoreAddress) -> _Container:

@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote
 from xml.etree import ElementTree
 
 from nixl_async.backend import Stat
+from nixl_async.backends.azure_proxy import ProxyPool
 from nixl_async.errors import (
     AccessError,
     BackendError,
@@ -47,7 +48,7 @@ MARK = "x-ms-meta-nixlasyncput"
 class ContainerData:
     """Sends requests to one container. `authorise(refused)` yields a query or a header line that authorises them."""
 
-    pool: Pool
+    pool: Pool | ProxyPool
     host: str
     path: str
     authorise: Callable[[tuple[str, str] | None], Awaitable[tuple[str, str]]]

@@ -28,6 +28,7 @@ from nixl_async.objects import off_loop
 
 try:
     import aiohttp
+    from aiohttp.http_exceptions import HttpProcessingError
     from gcloud.aio.storage.storage import init_api_root
 except ImportError as error:
     raise MissingDependency(f"the gcs backend needs gcloud-aio-storage ({error}): pip install 'nixl-async[gcs]'") from error
@@ -107,7 +108,12 @@ class Retry:
                     self.counts["failed"] += 1
                     raise
             except aiohttp.ClientResponseError as error:
-                if (error.status not in RETRYABLE and not (_is_damage(error) and damage)) or attempt == self.attempts:
+                if isinstance(error.__cause__, HttpProcessingError):
+                    # What came is no answer; aiohttp gives it the status 400, and all its bytes as the message.
+                    if attempt == self.attempts:
+                        self.counts["failed"] += 1
+                        raise BackendError(f"gcs: {what}: the answer is malformed", backend="gcs") from error
+                elif (error.status not in RETRYABLE and not (_is_damage(error) and damage)) or attempt == self.attempts:
                     self.counts["failed"] += 1
                     raise _mapped(error, what, attempt) from error
             except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -66,13 +66,18 @@ class Signer:
         lines = "".join(f"{name}:{value}\n" for name, value in headers)
         canonical = f"{method}\n{path}\n{query}\n{lines}\n{names}\n{payload}"
         day = amz_date[:8]
-        scope = f"{day}/{self.region}/{self.service}/aws4_request"
+        scope = self.scope(day)
         digest = hashlib.sha256(canonical.encode()).hexdigest()
         text = f"AWS4-HMAC-SHA256\n{amz_date}\n{scope}\n{digest}"
-        signature = hmac.digest(self._key_of(credentials, day), text.encode(), "sha256").hex()
+        signature = hmac.digest(self.key_of(credentials, day), text.encode(), "sha256").hex()
         return f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
 
-    def _key_of(self, credentials: Credentials, day: str) -> bytes:
+    def scope(self, day: str) -> str:
+        """Return what a signature holds for."""
+        return f"{day}/{self.region}/{self.service}/aws4_request"
+
+    def key_of(self, credentials: Credentials, day: str) -> bytes:
+        """Return the key that signs on a day."""
         if self._key[0] is not credentials or self._key[1] != day:
             key = b"AWS4" + credentials.secret_key.encode()
             for part in (day, self.region, self.service, "aws4_request"):
@@ -90,6 +95,21 @@ class Endpoint:
     base_path: str
     signer: Signer
     secure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A request that was sent already: where to, signed with what, and what came of it."""
+
+    endpoint: Endpoint
+    credentials: Credentials | None
+    outcome: Response | HTTPError
+
+    def result(self) -> Response:
+        """Return the response, or raise what came instead."""
+        if isinstance(self.outcome, HTTPError):
+            raise self.outcome
+        return self.outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +139,8 @@ class BucketData:
     retry: Retry = field(default_factory=Retry)
     _second: tuple[int, str] = (0, "")
 
-    def _amz_date(self) -> str:
+    def amz_date(self) -> str:
+        """Return the time as signatures tell it."""
         now = int(time.time())
         if self._second[0] != now:
             self._second = (now, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now)))
@@ -140,7 +161,7 @@ class BucketData:
         path = f"{endpoint.base_path}/{quote(key, safe='/~')}"
         signed = [("host", endpoint.host), *headers]
         if credentials is not None:
-            amz_date = self._amz_date()
+            amz_date = self.amz_date()
             signed += [("x-amz-content-sha256", payload), ("x-amz-date", amz_date)]
             if credentials.token:
                 signed.append(("x-amz-security-token", credentials.token))
@@ -154,8 +175,16 @@ class BucketData:
 
     # Getting.
 
-    async def get(self, key: str, first: int, sink: Sequence[memoryview], nbytes: int, exact_nbytes: int | None) -> Response:
-        """Get `nbytes` bytes from `first` on into `sink`.
+    async def get(
+        self,
+        key: str,
+        first: int,
+        sink: Sequence[memoryview],
+        nbytes: int,
+        exact_nbytes: int | None,
+        made: Attempt | None = None,
+    ) -> Response:
+        """Get `nbytes` bytes from `first` on into `sink`; `made` is an attempt at the same request, which counts as the first.
 
         With `exact_nbytes`, the object must have that size. The whole of such an object is asked for without a range, which is
         what servers tell checksums for.
@@ -169,11 +198,18 @@ class BucketData:
         if verify:
             headers.append(("x-amz-checksum-mode", "ENABLED"))
 
+        first_attempt = made
+
         async def once(endpoint: Endpoint, credentials: Credentials | None) -> Response:
-            started = endpoint.pool.may_work() or await endpoint.pool.turn()
-            head = self.head(endpoint, credentials, "GET", key, "", headers)
-            endpoint.pool.worked(started)
-            response = await endpoint.pool.request(Request("GET", head, sink=sink, sink_nbytes=nbytes))
+            nonlocal first_attempt
+            if first_attempt is not None:
+                attempt, first_attempt = first_attempt, None
+                response = attempt.result()
+            else:
+                started = endpoint.pool.may_work() or await endpoint.pool.turn()
+                head = self.head(endpoint, credentials, "GET", key, "", headers)
+                endpoint.pool.worked(started)
+                response = await endpoint.pool.request(Request("GET", head, sink=sink, sink_nbytes=nbytes))
             if response.sunk and not whole:
                 if response.status != 206:
                     raise HTTPError(f"the server ignored the range (status {response.status})", retryable=False)
@@ -184,7 +220,7 @@ class BucketData:
                 await self._verify(sink, nbytes, response)
             return response
 
-        response = await self._send(once, key)
+        response = await self._send(once, key, made)
         if not 200 <= response.status < 300:
             raise self.explain(response, f"getting {key!r}")
         total = _total(response)
@@ -267,16 +303,21 @@ class BucketData:
 
     # Both.
 
-    async def _send(self, once: Callable[[Endpoint, Credentials | None], Awaitable[Response]], key: str) -> Response:
-        """Send with retries; renew credentials once; follow the bucket once."""
+    async def _send(
+        self, once: Callable[[Endpoint, Credentials | None], Awaitable[Response]], key: str, made: Attempt | None = None
+    ) -> Response:
+        """Send with retries, of which `made` is the first, which `once` knows; renew credentials once; follow the bucket once."""
         refused: Credentials | None = None
         other: Endpoint | None = None
         credentials: Credentials | None = None
         endpoint = self.endpoint
 
         async def attempt() -> Response:
-            nonlocal credentials, endpoint
-            credentials, endpoint = await self.credentials(refused), other or self.endpoint
+            nonlocal credentials, endpoint, made
+            if made is not None:
+                credentials, endpoint, made = made.credentials, made.endpoint, None
+            else:
+                credentials, endpoint = await self.credentials(refused), other or self.endpoint
             return await once(endpoint, credentials)
 
         while True:

@@ -19,7 +19,24 @@ from bench.process import WorkerError
 from bench.report import Row, show, to_json
 from bench.served import AZURITE, JUICEFS, NGINX
 from bench.session import DEFAULT, SAME_HOST, TCP, UCX_TCP, Path, Settings, WrongBytes, judged
-from bench.suites import azure, busy, descriptors, files, idle, latency, many, s3, s3_many, stall, throughput, tiers
+from bench.suites import (
+    azure,
+    busy,
+    descriptors,
+    files,
+    idle,
+    latency,
+    many,
+    planner,
+    qos,
+    s3,
+    s3_many,
+    scheduler,
+    slices,
+    stall,
+    throughput,
+    tiers,
+)
 
 app = typer.Typer(help="Measure nixl_async, its peers and the machine's limits in alternating turns.", no_args_is_help=True)
 
@@ -52,6 +69,7 @@ def _paths(suite: Callable[[Settings, Path], Iterator[Row]], *paths: Path) -> tu
 
 COMMANDS = {
     "throughput": Command("Many pages in random order", ((SAME_HOST.name, throughput.same_host), (TCP.name, throughput.tcp))),
+    "slices": Command("A request's head slices, TP 4 to TP 2", _paths(slices.slices, SAME_HOST, TCP)),
     "latency": Command("One small write, call to awaited completion, p50", _paths(latency.page, SAME_HOST, TCP)),
     "notification": Command("Write, notification and answer, p50", _paths(latency.notification, SAME_HOST, TCP)),
     "stall": Command("Event loop while 1 GiB moves, p99.9", _paths(stall.stall, SAME_HOST, TCP)),
@@ -59,6 +77,9 @@ COMMANDS = {
     "busy-peer": Command("The peer spins in pure Python", _paths(busy.busy_peer, SAME_HOST, TCP, UCX_TCP)),
     "many": Command("Many transfers at once", _paths(many.many, SAME_HOST, TCP)),
     "descriptors": Command("Descriptors", ((DEFAULT.name, descriptors.descriptors),)),
+    "planner": Command("Head slices out of block tables", ((DEFAULT.name, planner.planner),)),
+    "qos": Command("Traffic classes", _paths(qos.qos, SAME_HOST, TCP)),
+    "scheduler": Command("What the scheduler costs", ((DEFAULT.name, scheduler.scheduler),)),
     "s3-get": Command("Objects got from an S3 server", _servers(s3.get, NGINX, JUICEFS)),
     "s3-put": Command("Objects put to an S3 server", _servers(s3.put, NGINX, JUICEFS)),
     "s3-many": Command("Very many objects in one transfer", _servers(s3_many.many, NGINX, JUICEFS)),
@@ -202,6 +223,7 @@ def _command(name: str, help_text: str, commands: dict[str, Command], usual_mib:
 
 for _name, _command_help in {
     "throughput": "Bytes per second of many pages in random order, same host and TCP.",
+    "slices": "30,000 head slices of 1 to 4 KiB, TP 4 to TP 2, beside as many bytes in one piece.",
     "latency": "One 4 KiB page: call to awaited completion.",
     "notification": "4 KiB write + notification + answering notification.",
     "stall": "Loop stall on both sides while 1 GiB moves.",
@@ -209,6 +231,9 @@ for _name, _command_help in {
     "busy-peer": "A pull from a peer that spins in pure Python.",
     "many": "10,000 small transfers at once.",
     "descriptors": "Nanoseconds per descriptor; prepared transfers.",
+    "planner": "Nanoseconds per head slice of a planned request.",
+    "qos": "Shares of three traffic classes; 1 MiB urgent transfers beside 1 GiB of bulk.",
+    "scheduler": "Microseconds per transfer with 1,000 to 100,000 at once; nanoseconds per page.",
     "s3-get": "Objects of 64 KiB to 64 MiB out of an S3 server.",
     "s3-put": "Objects of 1 to 64 MiB into an S3 server, payload signed and not.",
     "s3-many": "Thousands of objects of 64 KiB in one transfer: speed, loop and memory.",

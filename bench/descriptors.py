@@ -13,7 +13,7 @@ PAGE = 4096
 RUN = 16
 
 
-class _Somewhere(Region):
+class Somewhere(Region):
     """Memory that nobody will touch."""
 
     kind, device, readonly = MemoryKind.DRAM, 0, False
@@ -32,8 +32,8 @@ def measure(n_pages: int, repeats: int) -> dict[str, list[float]]:
     pages in random order, `plan runs` pages that lie in runs of 16 on both sides.
     """
     rng = np.random.default_rng(1)
-    here = _Somewhere("here", 1 << 40, n_pages * PAGE, None)
-    there = _Somewhere("there", 1 << 41, n_pages * PAGE, "peer")
+    here = Somewhere("here", 1 << 40, n_pages * PAGE, None)
+    there = Somewhere("there", 1 << 41, n_pages * PAGE, "peer")
     near, far = np.arange(n_pages), rng.permutation(n_pages)
     runs = (rng.permutation(n_pages // RUN)[:, None] * RUN + np.arange(RUN)).ravel()
     a, b = here.pages(near, PAGE), there.pages(far, PAGE)

@@ -2,7 +2,8 @@
 
 Rooms: `errors` (every exception) · `descriptors` (what to move) · `memory` (regions) · `transfer` (its life) · `backend` (the
 contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wire`, `link`, `membership`, `peers`,
-`notifications`, `metadata` (who is there) · `handle`, `agent` (what callers hold) · `testing` (conformance suite) · `cli`, `demo`.
+`notifications`, `metadata` (who is there) · `handle`, `agent` (what callers hold) · `testing` (conformance suite) · `cli`, `demo` ·
+`geometry`, `planner` (who sends which slices of a KV cache to whom).
 """
 
 from nixl_async.agent import Agent, Statistics
@@ -31,14 +32,17 @@ from nixl_async.errors import (
     RegistrationError,
     TransferError,
 )
+from nixl_async.geometry import KVGeometry, Sharding
 from nixl_async.handle import Part, PreparedTransfer, Transfer
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Notification
 from nixl_async.peers import MembershipEvent, Peer
+from nixl_async.planner import Pair, Slices, plan_pairs
 from nixl_async.routing import Explanation
 from nixl_async.storage import FileRegion, ObjectRegion
 from nixl_async.stores import Store
-from nixl_async.transfer import TransferResult, TransferState
+from nixl_async.streams import CPUEvent, CPUStream
+from nixl_async.transfer import TrafficClass, TransferResult, TransferState
 
 __version__ = "0.1.0"
 
@@ -49,6 +53,8 @@ __all__ = [
     "Backend",
     "BackendError",
     "BlockLayout",
+    "CPUEvent",
+    "CPUStream",
     "ClosedError",
     "ConfigurationError",
     "ConflictError",
@@ -59,6 +65,7 @@ __all__ = [
     "IntegrityError",
     "InternalError",
     "InvalidTransition",
+    "KVGeometry",
     "Limits",
     "MembershipEvent",
     "MemoryKind",
@@ -71,6 +78,7 @@ __all__ = [
     "ObjectRegion",
     "Op",
     "OutOfSpace",
+    "Pair",
     "Part",
     "PartsFailed",
     "Peer",
@@ -80,14 +88,18 @@ __all__ = [
     "Quarantined",
     "RegistrationError",
     "RemoteRegion",
+    "Sharding",
+    "Slices",
     "Stat",
     "Statistics",
     "StorageBackend",
     "Store",
+    "TrafficClass",
     "Transfer",
     "TransferError",
     "TransferResult",
     "TransferState",
     "Upload",
     "load_backend",
+    "plan_pairs",
 ]

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 
 from nixl_async.backend import Backend, Host, StorageBackend, load_backend
 from nixl_async.descriptors import Descriptor, Places, Plan, Region, make_plan
-from nixl_async.dispatch import Dispatcher, check_payload
+from nixl_async.dispatch import Dispatcher, check_payload, read_class, urgency
 from nixl_async.errors import (
     ClosedError,
     ConfigurationError,
@@ -30,9 +30,11 @@ from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion, open_buffer
 from nixl_async.notifications import Notification, Subscription
 from nixl_async.peers import MembershipEvents, Peer
+from nixl_async.queues import read_shares
 from nixl_async.routing import Explanation, Router
+from nixl_async.scheduler import ClassCount
 from nixl_async.stores import StorageCalls, Stores
-from nixl_async.transfer import TransferResult
+from nixl_async.transfer import TrafficClass, TransferResult
 from nixl_async.wire import MAX_NAME_NBYTES
 
 logger = logging.getLogger("nixl_async.agent")
@@ -51,7 +53,10 @@ TOKEN_VARIABLE = "NIXL_ASYNC_TOKEN"
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counters of an agent since it was opened; bytes by the backend that moved them."""
+    """Counters of an agent since it was opened; bytes by the backend that moved them.
+
+    `classes` has those of each traffic class, without the small copies that were made at once (`inline`).
+    """
 
     peers: int
     regions: int
@@ -62,6 +67,7 @@ class Statistics:
     inline: int
     nbytes: dict[str, int]
     unread_notifications: int
+    classes: dict[str, ClassCount]
 
 
 class Agent(StorageCalls):
@@ -70,6 +76,7 @@ class Agent(StorageCalls):
     `name` identifies the agent to its peers and must be unique among them. `backends` are names or instances, the preferred
     first; by default every one that is available, cheapest route first. `token` is the secret that peers prove to each other
     (default: the environment's NIXL_ASYNC_TOKEN); without one, `serve` and `connect` need `authenticate=False`.
+    `shares` are the weights by which traffic classes that have work share a backend (default: latency 16, normal 4, bulk 1).
 
     Use it as `async with Agent("decode-0") as agent:`. Leaving the block cancels what is in flight, waits until nothing
     moves, parts from the peers and releases everything. One agent belongs to one event loop.
@@ -82,6 +89,7 @@ class Agent(StorageCalls):
         backends: Sequence[str | Backend] | None = None,
         token: str | bytes | None = None,
         authenticate: bool = True,
+        shares: Mapping[TrafficClass | str, float] | None = None,
     ) -> None:
         if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_NBYTES:
             raise ConfigurationError(f"agent name {name!r} must be a string of 1 to {MAX_NAME_NBYTES} bytes")
@@ -95,6 +103,7 @@ class Agent(StorageCalls):
             self._token = None
         self._authenticate = authenticate
         self._wanted = backends
+        self._shares = read_shares({read_class("a class of shares", one): share for one, share in (shares or {}).items()})
         self._backends: dict[str, Backend] = {}
         self._unavailable: dict[str, str] = {}
         self._membership = Membership(
@@ -140,7 +149,7 @@ class Agent(StorageCalls):
             opened.sort(key=lambda backend: backend.rank)
         self._backends.update({backend.name: backend for backend in opened})
         self._membership.backends = opened
-        self._dispatcher = Dispatcher(self.name, self._loop, self._backends, self._membership)
+        self._dispatcher = Dispatcher(self.name, self._loop, self._backends, self._membership, self._shares)
         self._state = "open"
         return self
 
@@ -403,12 +412,19 @@ class Agent(StorageCalls):
         *,
         notify: bytes | None = None,
         priority: int = 0,
+        traffic_class: TrafficClass | str = TrafficClass.NORMAL,
+        deadline: float | None = None,
+        after: object = None,
         backend: str | None = None,
     ) -> TransferResult:
         """Copy every byte of `src` to `dst` and return when all are in place.
 
         Each side is a region, a descriptor, or a list of them, of this agent or of one peer; the sides need equal byte counts.
-        `notify` is sent to the peer after its side is complete. Higher `priority` goes first. `backend` forces the route.
+        `notify` is sent to the peer after its side is complete. `backend` forces the route.
+        `traffic_class` ("latency", "normal", "bulk") has a share of each backend's throughput while others want it too; within a
+        class higher `priority` goes first, then the earlier `deadline`, in seconds of the loop's clock: one that cannot be met is
+        counted, not failed. `after` is what must be reached before bytes are read: a CUDA stream (what is on it so far) or event,
+        a `CPUStream` or `CPUEvent`, an awaitable, another `Transfer`, or a list of these.
         When this raises, `CancelledError` and `TimeoutError` included, no byte moves any more and `dst` is undefined.
 
         Raises:
@@ -423,7 +439,7 @@ class Agent(StorageCalls):
             prepared = self._prepare_now(src, dst, backend)
         else:
             prepared = await self.prepare(src, _both(dst), backend=backend)
-        return await self._dispatcher.transfer(prepared, notify, priority)
+        return await self._dispatcher.transfer(prepared, notify, urgency(priority, deadline, traffic_class), after)
 
     def submit(
         self,
@@ -432,6 +448,9 @@ class Agent(StorageCalls):
         *,
         notify: bytes | None = None,
         priority: int = 0,
+        traffic_class: TrafficClass | str = TrafficClass.NORMAL,
+        deadline: float | None = None,
+        after: object = None,
         backend: str | None = None,
     ) -> Transfer:
         """Start a transfer without waiting for it; otherwise as `transfer`.
@@ -442,7 +461,7 @@ class Agent(StorageCalls):
             src = self._prepare_now(src, _both(dst), backend)
         else:
             self._check_prepared(src)
-        return self._dispatcher.submit(src, notify, priority)
+        return self._dispatcher.submit(src, notify, urgency(priority, deadline, traffic_class), after)
 
     async def prepare(self, src: Places, dst: Places, *, backend: str | None = None) -> PreparedTransfer:
         """Check, pair, coalesce and route a transfer once, to send it many times; large ones are prepared off the loop."""
@@ -466,6 +485,7 @@ class Agent(StorageCalls):
             live_transfers=len(self._dispatcher.transfers),
             nbytes=dict(self._dispatcher.nbytes),
             unread_notifications=self._membership.inbox.unread,
+            classes=self._dispatcher.classes(),
             **self._dispatcher.counts,
         )
 

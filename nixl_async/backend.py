@@ -32,7 +32,9 @@ class Limits:
 
     `inline_nbytes`: plans up to this size may be offered to `copy_now` on the event loop (0: never). An op holds at most
     `max_op_nbytes` bytes and `max_op_segments` segments. `drain_seconds`: how long a cancelled op may take to become
-    quiet before its memory is quarantined. `batch`: whether small transfers may share an op.
+    quiet before its memory is quarantined. `batch`: whether small transfers may share an op, and large ones be cut further.
+    `max_peer_ops` and `max_peer_nbytes` bound what is in flight towards one peer (0: no bound of its own). While more urgent
+    traffic wants room, ops of less urgent transfers are cut to `slice_nbytes` bytes (0: never).
     """
 
     max_ops: int = 4
@@ -42,6 +44,9 @@ class Limits:
     inline_nbytes: int = 0
     drain_seconds: float = 5.0
     batch: bool = True
+    max_peer_ops: int = 0
+    max_peer_nbytes: int = 0
+    slice_nbytes: int = 640 << 10
 
 
 def _nobody(start: int, nbytes: int, error: TransferError | None) -> None:

@@ -16,7 +16,7 @@ _TYPE_DEVICE = 2
 
 
 @lru_cache(maxsize=1)
-def _driver() -> Any:
+def load_driver() -> Any:
     """Load the driver; `None` if there is none, or it cannot be initialised. No library that needs one is loaded for it."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -29,7 +29,7 @@ def _driver() -> Any:
 @lru_cache(maxsize=1)
 def device_count() -> int:
     """Return how many CUDA devices the driver has; 0 without a driver."""
-    driver, count = _driver(), ctypes.c_int()
+    driver, count = load_driver(), ctypes.c_int()
     if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
@@ -37,7 +37,7 @@ def device_count() -> int:
 
 def device_of(address: int) -> int | None:
     """Return the number of the device that has memory at `address`, `None` if none has."""
-    driver, found = _driver(), []
+    driver, found = load_driver(), []
     if driver is None:
         return None
     for attribute in (_MEMORY_TYPE, _DEVICE_ORDINAL):

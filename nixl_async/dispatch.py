@@ -9,20 +9,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from nixl_async.backend import Backend, Begun, Op, quiesce
 from nixl_async.descriptors import Plan
-from nixl_async.errors import BackendError, NixlError, PartsFailed, PeerLost, Quarantined, TransferError
+from nixl_async.errors import BackendError, ConfigurationError, NixlError, PartsFailed, PeerLost, Quarantined, TransferError
 from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion
-from nixl_async.scheduler import Action, Finish, Scheduler, Start, Stop
+from nixl_async.scheduler import Action, ClassCount, Finish, Scheduler, Start, Stop
 from nixl_async.storage import FileRegion
-from nixl_async.transfer import TransferRecord, TransferResult, TransferState
+from nixl_async.streams import Streams
+from nixl_async.transfer import TrafficClass, TransferRecord, TransferResult, TransferState
 
 logger = logging.getLogger("nixl_async.agent")
 
@@ -33,17 +35,63 @@ ALWAYS_INLINE_NBYTES = 16 << 10
 QUEUEING_NS = 25_000
 
 
+class Urgency(NamedTuple):
+    """What decides when a transfer's turn comes: see `Agent.transfer`."""
+
+    priority: int = 0
+    deadline: float | None = None
+    traffic_class: TrafficClass = TrafficClass.NORMAL
+
+
+ORDINARY = Urgency()
+
+
+def urgency(priority: int, deadline: float | None, traffic_class: TrafficClass | str) -> Urgency:
+    """Check what a caller gave.
+
+    Raises:
+        ConfigurationError: there is no such class, or the deadline is no time.
+    """
+    if priority == 0 and deadline is None and traffic_class is TrafficClass.NORMAL:
+        return ORDINARY
+    traffic_class = read_class("traffic_class", traffic_class)
+    if deadline is not None and not (isinstance(deadline, int | float) and math.isfinite(deadline)):
+        raise ConfigurationError(
+            f"deadline is {deadline!r}; give seconds of the loop's clock, such as loop.time() + 0.5, or None"
+        )
+    return Urgency(priority, deadline, traffic_class)
+
+
+def read_class(what: str, given: TrafficClass | str) -> TrafficClass:
+    """Return the class of that name.
+
+    Raises:
+        ConfigurationError: there is none; the message lists those there are.
+    """
+    try:
+        return TrafficClass(given)
+    except ValueError:
+        allowed = ", ".join(repr(one.value) for one in TrafficClass)
+        raise ConfigurationError(f"{what} is {given!r}; it must be one of {allowed}") from None
+
+
 class Dispatcher:
     """Runs the transfers of the agent `name` on `loop`; `counts` are the ended ones, `nbytes` the bytes by backend."""
 
     def __init__(
-        self, name: str, loop: asyncio.AbstractEventLoop, backends: Mapping[str, Backend], membership: Membership
+        self,
+        name: str,
+        loop: asyncio.AbstractEventLoop,
+        backends: Mapping[str, Backend],
+        membership: Membership,
+        shares: Mapping[TrafficClass, float] | None = None,
     ) -> None:
         self._name = name
         self.loop = loop
         self._backends = backends
         self._membership = membership
-        self._scheduler = Scheduler({name: backend.limits for name, backend in backends.items()})
+        self.streams = Streams(loop)
+        self._scheduler = Scheduler({name: backend.limits for name, backend in backends.items()}, shares)
         self.transfers: dict[int, Transfer] = {}
         self.counts = {"done": 0, "failed": 0, "cancelled": 0, "inline": 0}
         self.nbytes: dict[str, int] = {}
@@ -82,16 +130,21 @@ class Dispatcher:
             logger.error("agent %s closes with %d quarantined ops; their memory stays registered", self._name, len(stuck))
         if self._timer is not None:
             self._timer.cancel()
+        self.streams.close()
 
-    async def transfer(self, prepared: PreparedTransfer, notify: bytes | None, priority: int) -> TransferResult:
+    async def transfer(
+        self, prepared: PreparedTransfer, notify: bytes | None, urgency: Urgency, after: object
+    ) -> TransferResult:
         """Copy at once what is small and waits for nothing; submit what is not; see `Agent.transfer`."""
+        if after is not None:
+            return await self.submit(prepared, notify, urgency, after)
         if self._inline_ns >= INLINE_BUDGET_NS and asyncio.current_task() is self._inline_task:
             # A task that only makes small copies would never let the loop run; many tasks that make one each do.
             await asyncio.sleep(0)
             prepared.check_usable()
-        result = self._try_inline(prepared)
+        result = self._try_inline(prepared, urgency.traffic_class)
         if result is None:
-            return await self.submit(prepared, notify, priority)
+            return await self.submit(prepared, notify, urgency, None)
         if isinstance(result, Begun):
             result = await self._finish_begun(prepared, result)
         if notify is not None:
@@ -123,7 +176,7 @@ class Dispatcher:
         self.nbytes[route] = self.nbytes.get(route, 0) + plan.nbytes
         return TransferResult(plan.nbytes, self.loop.time() - started, 0.0, 1, route)
 
-    def _try_inline(self, prepared: PreparedTransfer) -> TransferResult | Begun | None:
+    def _try_inline(self, prepared: PreparedTransfer, traffic_class: TrafficClass) -> TransferResult | Begun | None:
         if len(prepared.pieces) != 1:
             return None
         plan, route = prepared.plan, prepared.routes[0]
@@ -134,7 +187,7 @@ class Dispatcher:
         if expensive and self._inline_ns >= INLINE_BUDGET_NS:
             return None
         peer = plan.dst.peer or plan.src.peer
-        if not self._scheduler.idle(route, peer):
+        if not self._scheduler.idle(route, peer, traffic_class):
             return None
         started = time.perf_counter_ns()
         copied = backend.copy_now(Op(0, plan, peer, plan.dst.peer is not None))
@@ -157,9 +210,10 @@ class Dispatcher:
         self._inline_ns = 0
         self._inline_task = None
 
-    def submit(self, prepared: PreparedTransfer, notify: bytes | None, priority: int) -> Transfer:
-        """Hand a transfer to the scheduler, which starts it at the end of this loop iteration."""
+    def submit(self, prepared: PreparedTransfer, notify: bytes | None, urgency: Urgency, after: object) -> Transfer:
+        """Hand a transfer to the scheduler, which starts it at the end of this loop iteration, or when `after` is reached."""
         payload = None if notify is None else check_payload(notify)
+        reached = None if after is None else self.streams.reached(after)
         plan = prepared.plan
         record = TransferRecord(
             next(self._transfer_ids),
@@ -168,20 +222,49 @@ class Dispatcher:
             prepared.routes,
             plan.dst.peer or plan.src.peer,
             plan.dst.peer is not None,
-            priority,
+            *urgency,
         )
         transfer = Transfer(self, record, payload)
         self.transfers[record.id] = transfer
         for side in (plan.src, plan.dst):
             for region in side.regions:
                 region.hold()
-        if actions := self._scheduler.submit(record, self.loop.time(), start=False):
+        if actions := self._scheduler.submit(record, self.loop.time(), start=False, hold=reached is not None):
             self._carry_out(actions)
+        if reached is not None:
+            transfer._after = reached
+            reached.add_done_callback(partial(self._reached, record.id))
+            return transfer
+        self._dispatch_soon()
+        return transfer
+
+    def _reached(self, transfer_id: int, after: asyncio.Future[Any]) -> None:
+        """Let a transfer go whose point is reached, or fail it with the reason why the point never will be."""
+        error: BaseException | None
+        if after.cancelled():
+            error = asyncio.CancelledError("it was cancelled")
+        else:
+            error = after.exception()
+        transfer = self.transfers.get(transfer_id)
+        if transfer is None:
+            return
+        transfer._after = None
+        if transfer.state is not TransferState.QUEUED:
+            return
+        now = self.loop.time()
+        if error is None:
+            self._carry_out(self._scheduler.release(transfer_id, now))
+            self._dispatch_soon()
+            return
+        wrapped = TransferError(f"what transfer {transfer_id} waited for failed: {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        self._carry_out(self._scheduler.refuse(transfer_id, wrapped, now))
+
+    def _dispatch_soon(self) -> None:
         if not self._dispatching:
             # At the end of the iteration, so that what is submitted together is batched together.
             self._dispatching = True
             self.loop.call_soon(self._dispatch)
-        return transfer
 
     def _dispatch(self) -> None:
         self._dispatching = False
@@ -252,12 +335,18 @@ class Dispatcher:
                 transfer._progress(start + low - at, high - low, error)
             at += nbytes
 
+    def classes(self) -> dict[str, ClassCount]:
+        """Return what became of each traffic class's transfers."""
+        return {traffic_class.value: count for traffic_class, count in self._scheduler.counts().items()}
+
     def add_backend(self, name: str, backend: Backend) -> None:
         """Take one more backend."""
         self._scheduler.add_backend(name, backend.limits)
 
     def _finish(self, record: TransferRecord) -> None:
         transfer = self.transfers[record.id]
+        if transfer._after is not None:
+            transfer._after.cancel()
         error = record.error
         if isinstance(error, TransferError):
             error.transfer_id = error.transfer_id or record.id

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, bisect_right
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nixl_async.errors import TransferError
-from nixl_async.transfer import TransferRecord, TransferResult, TransferState
+from nixl_async.transfer import TrafficClass, TransferRecord, TransferResult, TransferState
 
 if TYPE_CHECKING:
     from nixl_async.agent import Agent
@@ -35,10 +35,12 @@ class Transfer:
 
     __slots__ = (
         "__weakref__",
+        "_after",
         "_dispatcher",
         "_done",
         "_errors",
         "_left",
+        "_on_end",
         "_ready",
         "_record",
         "_reported",
@@ -56,6 +58,8 @@ class Transfer:
         self._waiters: list[asyncio.Future[None]] | None = None
         self._watchers: list[asyncio.Future[None]] | None = None
         self._errors: dict[int, TransferError] | None = None
+        self._after: asyncio.Future[Any] | None = None
+        self._on_end: list[Callable[[], None]] | None = None
         self._reported = 0
         ends = record.plan.part_ends
         self._left: list[int] | None = None
@@ -136,6 +140,37 @@ class Transfer:
 
     def __await__(self) -> Generator[object, None, TransferResult]:
         return self._wait().__await__()
+
+    async def watch(self) -> TransferResult:
+        """Wait for the end as an await does, without cancelling the transfer when this wait is cancelled.
+
+        Raises:
+            asyncio.CancelledError: the transfer was cancelled.
+            TransferError: it failed.
+        """
+        while not self._done:
+            await self._end()
+        return self.result()
+
+    def wait_on(self, stream: object) -> None:
+        """Let all work that is put on a compute stream from here on wait until the transfer is final; blocks nobody else.
+
+        `stream` is a CUDA stream (cupy, torch, `__cuda_stream__`) or a `CPUStream`. A transfer that fails or is cancelled lets
+        the stream go on too: await it to know. The event loop must keep running meanwhile: do not synchronise with the stream on
+        its thread, and do not put hundreds of entries on it there: a CUDA stream that stands still takes a limited number, and
+        the driver then blocks whoever puts more.
+
+        Raises:
+            TypeError: `stream` is no stream.
+            MissingDependency: it is a CUDA stream, and there is no CUDA driver.
+            BackendError: the driver cannot let it wait.
+        """
+        if self._done:
+            return
+        release = self._dispatcher.streams.hold(stream)
+        if self._on_end is None:
+            self._on_end = []
+        self._on_end.append(release)
 
     async def parts(self) -> AsyncIterator[Part]:
         """Yield each part once as soon as its last byte is in place, or, with objects, as soon as it failed.
@@ -220,6 +255,10 @@ class Transfer:
 
     def _resolve(self) -> None:
         self._done = True
+        if self._on_end is not None:
+            for release in self._on_end:
+                release()
+            self._on_end = None
         self._tell_watchers()
         if self._waiters is not None:
             waiters, self._waiters = self._waiters, None
@@ -262,10 +301,30 @@ class PreparedTransfer:
             for region in side.regions:
                 region.check_usable()
 
-    async def transfer(self, *, notify: bytes | None = None, priority: int = 0) -> TransferResult:
+    async def transfer(
+        self,
+        *,
+        notify: bytes | None = None,
+        priority: int = 0,
+        traffic_class: TrafficClass | str = TrafficClass.NORMAL,
+        deadline: float | None = None,
+        after: object = None,
+    ) -> TransferResult:
         """Send it and wait until every byte is in place; see `Agent.transfer`."""
-        return await self._agent.transfer(self, notify=notify, priority=priority)
+        return await self._agent.transfer(
+            self, notify=notify, priority=priority, traffic_class=traffic_class, deadline=deadline, after=after
+        )
 
-    def submit(self, *, notify: bytes | None = None, priority: int = 0) -> Transfer:
+    def submit(
+        self,
+        *,
+        notify: bytes | None = None,
+        priority: int = 0,
+        traffic_class: TrafficClass | str = TrafficClass.NORMAL,
+        deadline: float | None = None,
+        after: object = None,
+    ) -> Transfer:
         """Send it without waiting; see `Agent.submit`."""
-        return self._agent.submit(self, notify=notify, priority=priority)
+        return self._agent.submit(
+            self, notify=notify, priority=priority, traffic_class=traffic_class, deadline=deadline, after=after
+        )

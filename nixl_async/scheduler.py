@@ -1,30 +1,24 @@
 """Decides what moves when. Pure: events in, actions out; time is an argument; no asyncio, no I/O, no threads.
 
 The agent reports events (`submit`, `op_done`, `op_failed`, `cancel`, `peer_lost`, `tick`) and carries out the actions that
-come back, in order. The scheduler owns admission (ops and bytes in flight per backend), the order within and between
-peers, batching of small transfers to one peer, retry with back-off, moving to the next route, and drain limits.
+come back, in order. The scheduler owns admission (ops and bytes in flight per backend and peer), the order within and between
+classes and peers, batching of small transfers to one peer, retry with back-off, moving to the next route, and drain limits.
 """
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import itertools
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 from nixl_async.backend import Limits, Op
 from nixl_async.descriptors import Plan, concatenate
 from nixl_async.errors import BackendError, PeerLost, Quarantined, TransferError
-from nixl_async.transfer import TransferEvent, TransferRecord, TransferState
+from nixl_async.queues import BackendQueue, ClassQueue, Lane, Part, Peer, leave, read_shares
+from nixl_async.transfer import TrafficClass, TransferEvent, TransferRecord, TransferState
 
-BATCH_NBYTES = 256 << 10
-"""Pieces up to this size may share an op with others to the same peer."""
-BATCH_PARTS = 128
-"""The most transfers that share one op; all of them end in one iteration of the loop."""
-_SENDING = frozenset({TransferState.QUEUED, TransferState.ACTIVE})
 MAX_RETRIES = 3
 BACKOFF_SECONDS = 0.01
 
@@ -54,107 +48,115 @@ class Finish:
 Action: TypeAlias = Start | Stop | Finish
 
 
-@dataclass(slots=True)
-class _Flight:
-    op: Op
-    backend: str
-    parts: list[tuple[TransferRecord, int, Plan]]
+class ClassCount(NamedTuple):
+    """What became of a class's transfers: how many are not final, how many are DONE, of those how many after their deadline.
+
+    `nbytes`: the bytes of ops that succeeded, those of transfers that are not DONE included.
+    """
+
+    live: int
+    done: int
+    late: int
+    nbytes: int
 
 
 @dataclass(slots=True)
-class _Usage:
-    ops: int = 0
+class _Count:
+    live: int = 0
+    done: int = 0
+    late: int = 0
     nbytes: int = 0
 
 
 @dataclass(slots=True)
-class _Lane:
-    """The transfers waiting for one backend towards one peer, the most urgent first."""
-
-    queues: dict[tuple[int, float], deque[TransferRecord]] = field(default_factory=dict)
-    urgency: list[tuple[int, float]] = field(default_factory=list)
-    """The queues' keys, (negative priority, deadline), sorted."""
-
-    def push(self, record: TransferRecord, *, front: bool = False) -> None:
-        """Let a transfer wait behind those of its urgency, or in front of them."""
-        key = (-record.priority, float("inf") if record.deadline is None else record.deadline)
-        queue = self.queues.get(key)
-        if queue is None:
-            queue = self.queues[key] = deque()
-            bisect.insort(self.urgency, key)
-        if front:
-            queue.appendleft(record)
-        else:
-            queue.append(record)
-
-    def head(self) -> TransferRecord | None:
-        """Return the transfer whose turn it is; forget those that have nothing left to send."""
-        while self.urgency:
-            queue = self.queues[self.urgency[0]]
-            while queue:
-                record = queue[0]
-                if record.state in _SENDING and record.peek() is not None:
-                    return record
-                queue.popleft()
-            del self.queues[self.urgency.pop(0)]
-        return None
+class _Flight:
+    op: Op
+    backend: BackendQueue
+    queue: ClassQueue
+    peer: Peer
+    parts: list[Part]
 
 
 class Scheduler:
-    """Holds every transfer that is not final. `limits` maps backend names to what they want in flight at most."""
+    """Holds every transfer that is not final. `limits` maps backend names to what they want in flight at most.
 
-    def __init__(self, limits: dict[str, Limits]) -> None:
-        self._limits = limits
-        self._usage = {name: _Usage() for name in limits}
-        self._lanes: dict[str, dict[str | None, _Lane]] = {name: {} for name in limits}
+    `shares`: how many bytes each class gets for each of the others' while all have work; those left out keep the default.
+
+    Raises:
+        ConfigurationError: a share is not a positive number.
+    """
+
+    def __init__(self, limits: Mapping[str, Limits], shares: Mapping[TrafficClass, float] | None = None) -> None:
+        self._shares = read_shares(shares)
+        self._backends = {name: BackendQueue(name, limit, self._shares) for name, limit in limits.items()}
         self._records: dict[int, TransferRecord] = {}
+        self._by_peer: dict[str | None, dict[int, TransferRecord]] = {}
+        self._held: set[int] = set()
         self._flights: dict[int, _Flight] = {}
         self._retries: list[tuple[float, int, TransferRecord, int, Plan]] = []
         self._drains: list[tuple[float, int, TransferRecord]] = []
         self._sequence = itertools.count()
         self._op_ids = itertools.count(1)
         self._actions: list[Action] = []
+        self._counts = {traffic_class: _Count() for traffic_class in TrafficClass}
 
     def add_backend(self, name: str, limits: Limits) -> None:
         """Take one more backend."""
-        self._limits[name] = limits
-        self._usage[name] = _Usage()
-        self._lanes[name] = {}
+        self._backends[name] = BackendQueue(name, limits, self._shares)
 
     # Events. Each returns the actions that follow, in order.
 
-    def submit(self, record: TransferRecord, now: float, *, start: bool = True) -> list[Action]:
-        """Accept a QUEUED transfer whose plan has been checked; with `start=False` it waits for `dispatch` or another event."""
+    def submit(self, record: TransferRecord, now: float, *, start: bool = True, hold: bool = False) -> list[Action]:
+        """Accept a QUEUED transfer whose plan has been checked.
+
+        With `start=False` it waits for `dispatch` or another event; with `hold=True` for `release` or `refuse`.
+        """
         record.submitted = now
-        if record.plan.nbytes == 0:
-            record.started = now
-            record.move(TransferEvent.ADMIT, now)
-            record.move(TransferEvent.COMPLETE, now)
-            self._finish(record, now)
-            return self._take_actions()
         self._records[record.id] = record
-        self._queue(record)
-        if start:
-            self._dispatch(record.routes[0], now)
+        peers = self._by_peer.get(record.peer)
+        if peers is None:
+            peers = self._by_peer[record.peer] = {}
+        peers[record.id] = record
+        self._counts[record.traffic_class].live += 1
+        if hold:
+            self._held.add(record.id)
+        else:
+            self._accept(record, now)
+            if start and not record.state.final:
+                self._dispatch(self._backends[record.routes[0]], now)
+        return self._take_actions()
+
+    def release(self, transfer_id: int, now: float) -> list[Action]:
+        """Let a held transfer wait for `dispatch` or another event; without effect when its outcome is decided."""
+        if transfer_id in self._held:
+            self._held.remove(transfer_id)
+            self._accept(self._records[transfer_id], now)
+        return self._take_actions()
+
+    def refuse(self, transfer_id: int, error: BaseException, now: float) -> list[Action]:
+        """Fail a held transfer; without effect when its outcome is decided."""
+        if transfer_id in self._held:
+            self._decide(self._records[transfer_id], error, now)
         return self._take_actions()
 
     def dispatch(self, now: float) -> list[Action]:
         """Start as much of what waits as there is room for."""
-        for backend in self._lanes:
+        for backend in self._backends.values():
             self._dispatch(backend, now)
         return self._take_actions()
 
     def op_done(self, op_id: int, now: float) -> list[Action]:
         """Take note that every byte of the op is in place."""
-        flight = self._land(op_id)
+        flight = self._land(op_id, now)
+        active, complete = TransferState.ACTIVE, TransferEvent.COMPLETE
         for record, _, plan in flight.parts:
-            record.in_flight -= 1
             record.nbytes_done += plan.nbytes
-            if record.state is TransferState.ACTIVE and record.nbytes_done == record.plan.nbytes:
-                record.move(TransferEvent.COMPLETE, now)
-                self._finish(record, now)
-            else:
+            if record.state is not active:
                 self._drained(record, now)
+            elif record.nbytes_done == record.plan.nbytes:
+                record.move(complete, now)
+                self._finish(record, now)
+        self._counts[flight.parts[0][0].traffic_class].nbytes += flight.op.plan.nbytes
         self._dispatch(flight.backend, now)
         return self._take_actions()
 
@@ -163,9 +165,8 @@ class Scheduler:
 
         `final`: it must not be sent again, by no route.
         """
-        flight = self._land(op_id)
+        flight = self._land(op_id, now)
         for record, start, plan in flight.parts:
-            record.in_flight -= 1
             if record.state is not TransferState.ACTIVE:
                 self._drained(record, now)
             elif final:
@@ -174,7 +175,7 @@ class Scheduler:
                 record.solo = True
                 self._requeue(record, [(start, plan)], now)
             else:
-                self._piece_failed(record, start, plan, error, flight.backend, now)
+                self._piece_failed(record, start, plan, error, flight.backend.name, now)
         self._dispatch(flight.backend, now)
         return self._take_actions()
 
@@ -188,9 +189,11 @@ class Scheduler:
 
     def peer_lost(self, peer: str, error: TransferError, now: float) -> list[Action]:
         """Fail every transfer to or from `peer`."""
-        for record in [r for r in self._records.values() if r.peer == peer]:
+        for record in list(self._by_peer.get(peer, {}).values()):
             if record.state in (TransferState.QUEUED, TransferState.ACTIVE):
                 self._decide(record, error, now)
+        for backend in self._backends.values():
+            backend.forget(peer)
         return self._take_actions()
 
     def tick(self, now: float) -> list[Action]:
@@ -213,10 +216,13 @@ class Scheduler:
 
     # Questions.
 
-    def idle(self, backend: str, peer: str | None) -> bool:
-        """Return whether nothing waits for `backend` towards `peer`, so that a small copy may be made at once."""
-        lane = self._lanes[backend].get(peer)
-        return lane is None or lane.head() is None
+    def idle(self, backend: str, peer: str | None, traffic_class: TrafficClass = TrafficClass.NORMAL) -> bool:
+        """Return whether nothing as urgent waits for `backend` towards `peer`, so that a small copy may be made at once."""
+        return self._backends[backend].idle(peer, traffic_class)
+
+    def counts(self) -> dict[TrafficClass, ClassCount]:
+        """Return what became of each class's transfers."""
+        return {name: ClassCount(one.live, one.done, one.late, one.nbytes) for name, one in self._counts.items()}
 
     def live(self) -> list[TransferRecord]:
         """Return the transfers that are not final."""
@@ -224,8 +230,8 @@ class Scheduler:
 
     def in_flight(self, backend: str) -> tuple[int, int]:
         """Return the ops and bytes that `backend` has in flight."""
-        usage = self._usage[backend]
-        return usage.ops, usage.nbytes
+        queue = self._backends[backend]
+        return queue.ops, queue.nbytes
 
     # The machine.
 
@@ -233,76 +239,43 @@ class Scheduler:
         actions, self._actions = self._actions, []
         return actions
 
-    def _queue(self, record: TransferRecord, *, front: bool = False) -> None:
-        lanes = self._lanes[record.routes[0]]
-        lane = lanes.get(record.peer)
-        if lane is None:
-            lane = lanes[record.peer] = _Lane()
-        lane.push(record, front=front)
+    def _accept(self, record: TransferRecord, now: float) -> None:
+        if record.plan.nbytes:
+            self._backends[record.routes[0]].push(record, now)
+            return
+        record.started = now
+        record.move(TransferEvent.ADMIT, now)
+        record.move(TransferEvent.COMPLETE, now)
+        self._finish(record, now)
 
-    def _dispatch(self, backend: str, now: float) -> None:
-        limits, usage, lanes = self._limits[backend], self._usage[backend], self._lanes[backend]
-        while usage.ops < limits.max_ops and lanes:
-            for empty in [peer for peer, lane in lanes.items() if lane.head() is None]:
-                del lanes[empty]
-            if not lanes:
-                return
-            peer, lane = min(lanes.items(), key=lambda item: item[1].urgency[0])
-            head = lane.head()
-            piece = None if head is None else head.peek()
-            assert piece is not None
-            first = piece.nbytes
-            if usage.nbytes and usage.nbytes + first > limits.max_nbytes:
-                return
-            room = limits.max_nbytes - usage.nbytes if usage.nbytes else max(limits.max_nbytes, first)
-            parts = self._gather(lane, limits, room)
-            # The lane goes to the end, so that peers of equal urgency take turns.
-            lanes[peer] = lanes.pop(peer)
-            self._start(backend, parts, now)
+    def _dispatch(self, backend: BackendQueue, now: float) -> None:
+        while (turn := backend.next(now)) is not None:
+            self._start(backend, turn.lane, backend.take(turn), now)
 
-    def _gather(self, lane: _Lane, limits: Limits, room: int) -> list[tuple[TransferRecord, int, Plan]]:
-        head = lane.head()
-        assert head is not None
-        start, plan = head.take()
-        parts = [(head, start, plan)]
-        if head.solo or plan.nbytes > BATCH_NBYTES or not limits.batch:
-            return parts
-        nbytes, segments = plan.nbytes, len(plan.lengths)
-        max_nbytes, max_segments = min(limits.max_op_nbytes, room), limits.max_op_segments
-        while len(parts) < BATCH_PARTS and (record := lane.head()) is not None:
-            piece = record.peek()
-            if piece is None or record.solo or piece.nbytes > BATCH_NBYTES:
-                break
-            nbytes += piece.nbytes
-            segments += len(piece.lengths)
-            if nbytes > max_nbytes or segments > max_segments or not _alike(head, record):
-                break
-            start, piece = record.take()
-            parts.append((record, start, piece))
-        return parts
-
-    def _start(self, backend: str, parts: list[tuple[TransferRecord, int, Plan]], now: float) -> None:
+    def _start(self, backend: BackendQueue, lane: Lane, parts: list[Part], now: float) -> None:
         first = parts[0][0]
-        plan = concatenate([piece for _, _, piece in parts])
-        listed = tuple((record.id, start, piece.nbytes) for record, start, piece in parts)
-        op = Op(next(self._op_ids), plan, first.peer, first.put, listed)
+        op_id = next(self._op_ids)
+        if len(parts) == 1:
+            plan = parts[0][2]
+        else:
+            plan = concatenate([piece for _, _, piece in parts])
+        listed = tuple([(record.id, start, piece.nbytes) for record, start, piece in parts])
+        op = Op(op_id, plan, first.peer, first.put, listed)
+        queued, admit = TransferState.QUEUED, TransferEvent.ADMIT
         for record, _, _ in parts:
-            if record.state is TransferState.QUEUED:
+            if record.state is queued:
                 record.started = now
-                record.move(TransferEvent.ADMIT, now)
-            record.in_flight += 1
+                record.move(admit, now)
+            record.ops = (*record.ops, op_id) if record.ops else (op_id,)
             record.attempts += 1
-        self._flights[op.id] = _Flight(op, backend, parts)
-        usage = self._usage[backend]
-        usage.ops += 1
-        usage.nbytes += plan.nbytes
-        self._actions.append(Start(backend, op))
+        self._flights[op_id] = _Flight(op, backend, lane.ring.queue, lane.peer, parts)
+        self._actions.append(Start(backend.name, op))
 
-    def _land(self, op_id: int) -> _Flight:
+    def _land(self, op_id: int, now: float) -> _Flight:
         flight = self._flights.pop(op_id)
-        usage = self._usage[flight.backend]
-        usage.ops -= 1
-        usage.nbytes -= flight.op.nbytes
+        flight.backend.land(flight.queue, flight.peer, flight.op.plan.nbytes, now)
+        for record, _, _ in flight.parts:
+            record.ops = () if len(record.ops) == 1 else _without(record.ops, op_id)
         return flight
 
     def _piece_failed(
@@ -322,33 +295,35 @@ class Scheduler:
 
     def _requeue(self, record: TransferRecord, pieces: list[tuple[int, Plan]], now: float) -> None:
         """Let pieces wait again, in front; all that waits is cut to what the record's route takes, which may have changed."""
-        record.again = list(_cut([*pieces, *record.drop_unsent()], self._limits[record.routes[0]]))
+        backend = self._backends[record.routes[0]]
+        record.again = list(_cut([*pieces, *record.drop_unsent()], backend.limits))
         record.again.reverse()
-        self._queue(record, front=True)
-        self._dispatch(record.routes[0], now)
+        backend.push(record, now, front=True)
+        self._dispatch(backend, now)
 
     def _decide(self, record: TransferRecord, error: BaseException | None, now: float) -> None:
         """Settle the outcome: `error`, or cancelled when it is None; stop what is in flight."""
         record.error = error
         record.drop_unsent()
+        leave(record)
         if record.state is TransferState.QUEUED:
             record.move(TransferEvent.CANCEL if error is None else TransferEvent.REFUSE, now)
             self._finish(record, now)
             return
         record.move(TransferEvent.CANCEL if error is None else TransferEvent.ABORT, now)
-        if record.in_flight == 0:
+        if not record.ops:
             self._drained(record, now)
             return
         limit = 0.0
-        for flight in self._flights.values():
-            if any(part[0] is record for part in flight.parts):
-                limit = max(limit, self._limits[flight.backend].drain_seconds)
-                if all(part[0].state is TransferState.DRAINING for part in flight.parts):
-                    self._actions.append(Stop(flight.op.id))
+        for op_id in dict.fromkeys(record.ops):
+            flight = self._flights[op_id]
+            limit = max(limit, flight.backend.limits.drain_seconds)
+            if all(part[0].state is TransferState.DRAINING for part in flight.parts):
+                self._actions.append(Stop(op_id))
         heapq.heappush(self._drains, (now + limit, next(self._sequence), record))
 
     def _drained(self, record: TransferRecord, now: float) -> None:
-        if record.state is TransferState.DRAINING and record.in_flight == 0:
+        if record.state is TransferState.DRAINING and not record.ops:
             record.move(TransferEvent.DRAIN if record.error is not None else TransferEvent.DRAIN_CANCELLED, now)
             self._finish(record, now)
 
@@ -368,7 +343,19 @@ class Scheduler:
 
     def _finish(self, record: TransferRecord, now: float) -> None:
         record.finished = now
-        self._records.pop(record.id, None)
+        if self._records.pop(record.id, None) is not None:
+            peers = self._by_peer[record.peer]
+            del peers[record.id]
+            if not peers:
+                del self._by_peer[record.peer]
+        if self._held:
+            self._held.discard(record.id)
+        count = self._counts[record.traffic_class]
+        count.live -= 1
+        if record.state is TransferState.DONE:
+            count.done += 1
+            if record.deadline is not None and now > record.deadline:
+                count.late += 1
         self._actions.append(Finish(record))
 
     def _drop_settled(self, drains: list[tuple[float, int, TransferRecord]]) -> list[tuple[float, int, TransferRecord]]:
@@ -378,31 +365,28 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert the invariants that hold between events; for tests and for debugging."""
-        counts: dict[int, int] = {}
+        ops: dict[int, list[int]] = {}
         for flight in self._flights.values():
             for record, _, _ in flight.parts:
-                counts[record.id] = counts.get(record.id, 0) + 1
+                ops.setdefault(record.id, []).append(flight.op.id)
         for record in self._records.values():
-            assert not record.state.final, record
-            assert record.in_flight == counts.get(record.id, 0), record
-            assert record.in_flight == 0 or record.state in (TransferState.ACTIVE, TransferState.DRAINING), record
-            assert record.state is not TransferState.DRAINING or record.in_flight > 0, record
-        for name, usage in self._usage.items():
-            mine = [flight.op.nbytes for flight in self._flights.values() if flight.backend == name]
-            assert (usage.ops, usage.nbytes) == (len(mine), sum(mine)), (name, usage)
-            assert usage.ops <= self._limits[name].max_ops, (name, usage)
-            assert usage.nbytes <= self._limits[name].max_nbytes or usage.ops == 1, (name, usage)
+            state = record.state
+            assert not state.final, record
+            assert sorted(record.ops) == sorted(ops.get(record.id, [])), record
+            assert not record.ops or state in (TransferState.ACTIVE, TransferState.DRAINING), record
+            assert state is not TransferState.DRAINING or record.ops, record
+            waits = state is not TransferState.DRAINING and record.id not in self._held and record.peek() is not None
+            assert (record.waits_in is not None) == waits, record
+            assert self._by_peer[record.peer][record.id] is record
+        assert sum(map(len, self._by_peer.values())) == len(self._records) == sum(c.live for c in self._counts.values())
+        for backend in self._backends.values():
+            mine = [flight for flight in self._flights.values() if flight.backend is backend]
+            backend.check([(flight.queue, flight.peer, flight.op.nbytes) for flight in mine], self._records.values())
 
 
-def _alike(a: TransferRecord, b: TransferRecord) -> bool:
-    """Return whether two transfers of one lane may share an op."""
-    if a.put is not b.put:
-        return False
-    for x, y in ((a.plan.src, b.plan.src), (a.plan.dst, b.plan.dst)):
-        one, other = x.regions[0], y.regions[0]
-        if one is not other and (one.kind is not other.kind or one.device != other.device):
-            return False
-    return True
+def _without(ops: tuple[int, ...], op_id: int) -> tuple[int, ...]:
+    at = ops.index(op_id)
+    return ops[:at] + ops[at + 1 :]
 
 
 def _cut(pieces: Iterable[tuple[int, Plan]], limits: Limits) -> Iterable[tuple[int, Plan]]:

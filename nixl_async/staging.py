@@ -9,38 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import mmap
-from bisect import insort
-from collections import deque
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from contextlib import suppress
 
 import numpy as np
 
-from nixl_async.backend import Backend, Host, Limits, Op, StorageBackend, Upload, quiesce
-from nixl_async.descriptors import MemoryKind, Plan, Side
-from nixl_async.errors import BackendError, ConfigurationError, NixlError, TransferError
+from nixl_async.arena import PAGE_NBYTES, Arena
+from nixl_async.backend import Backend, Host, Limits, Op
+from nixl_async.descriptors import MemoryKind, Side
+from nixl_async.errors import BackendError, ConfigurationError, NixlError
 from nixl_async.memory import MemoryRegion, open_buffer
-from nixl_async.objects import gather
-from nixl_async.storage import ObjectRegion, object_parts, raise_failed
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-
-    from nixl_async.descriptors import Array
-
-logger = logging.getLogger("nixl_async.staging")
+from nixl_async.relay import Relay
 
 BUFFER_NBYTES = 16 << 20
 N_BUFFERS = 4
-LEAST_PIECE_NBYTES = 1 << 20
-"""Transfers of a few mebibytes are cut too, so that their halves overlap; smaller pieces would cost more than that gains."""
-RETRIES = 3
-RETRY_SECONDS = 0.02
-_PAGE_NBYTES = 4096
 _STORAGE = frozenset({MemoryKind.FILE, MemoryKind.OBJECT})
+_KEPT: list[MemoryRegion] = []
 
 
 async def _nothing(region: MemoryRegion) -> None:
@@ -71,8 +55,8 @@ class StagingBackend(Backend):
     )
 
     def __init__(self, *, buffer_nbytes: int = BUFFER_NBYTES, n_buffers: int = N_BUFFERS) -> None:
-        if buffer_nbytes < _PAGE_NBYTES or buffer_nbytes % _PAGE_NBYTES:
-            raise ConfigurationError(f"buffer_nbytes is {buffer_nbytes}; it must be a positive multiple of {_PAGE_NBYTES}")
+        if buffer_nbytes < PAGE_NBYTES or buffer_nbytes % PAGE_NBYTES:
+            raise ConfigurationError(f"buffer_nbytes is {buffer_nbytes}; it must be a positive multiple of {PAGE_NBYTES}")
         if n_buffers < 1:
             raise ConfigurationError(f"n_buffers is {n_buffers}; it must be at least 1")
         self.buffer_nbytes, self.n_buffers = buffer_nbytes, n_buffers
@@ -140,7 +124,7 @@ class StagingBackend(Backend):
         first, second = self._find(op.plan.src, stage), self._find(stage, op.plan.dst)
         if first is None or second is None:
             raise BackendError("a backend that this route needs is gone", backend=self.name, peer=op.peer)
-        await _Relay(op, first, second, await self._memory(), self.buffer_nbytes, self.n_buffers, self._op_ids).run()
+        await Relay(op, first, second, await self._memory(), self.buffer_nbytes, self.n_buffers, self._op_ids).run()
 
     async def _memory(self) -> Arena:
         async with self._making:
@@ -161,372 +145,6 @@ class StagingBackend(Backend):
                 with suppress(NixlError):
                     region.keys[backend.name] = await backend.register(region)
         return Arena(region)
-
-
-class Arena:
-    """Lends stretches of a region's memory, first come, first served: a large request is not overtaken by small ones."""
-
-    def __init__(self, region: MemoryRegion) -> None:
-        self.region = region
-        self.lent_nbytes = self.peak_nbytes = 0
-        # Offset and bytes of what is free, in order; neighbours are one.
-        self._free = [(0, region.nbytes)]
-        self._waiting: deque[tuple[int, asyncio.Future[int]]] = deque()
-
-    @asynccontextmanager
-    async def lend(self, nbytes: int) -> AsyncIterator[int]:
-        """Wait for `nbytes` bytes in one piece; yield their address."""
-        nbytes = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES
-        at = await self._take(nbytes)
-        try:
-            yield self.region.address + at
-        finally:
-            self._give(at, nbytes)
-
-    async def _take(self, nbytes: int) -> int:
-        if nbytes > self.region.nbytes:
-            raise BackendError(f"{nbytes} bytes do not fit the {self.region.nbytes} of staging", backend="staging")
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        waits = (nbytes, future)
-        self._waiting.append(waits)
-        self._serve()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if not future.cancelled():
-                self._give(future.result(), nbytes)
-            else:
-                # Those behind may be smaller.
-                self._waiting.remove(waits)
-                self._serve()
-            raise
-
-    def _serve(self) -> None:
-        while self._waiting:
-            nbytes, future = self._waiting[0]
-            if future.cancelled():
-                # Its task takes it out of the queue when it runs.
-                return
-            position = next((i for i, (_, free) in enumerate(self._free) if free >= nbytes), None)
-            if position is None:
-                return
-            at, free = self._free.pop(position)
-            if free > nbytes:
-                self._free.insert(position, (at + nbytes, free - nbytes))
-            self.lent_nbytes += nbytes
-            self.peak_nbytes = max(self.peak_nbytes, self.lent_nbytes)
-            self._waiting.popleft()
-            future.set_result(at)
-
-    def _give(self, at: int, nbytes: int) -> None:
-        self.lent_nbytes -= nbytes
-        insort(self._free, (at, nbytes))
-        merged: list[tuple[int, int]] = []
-        for start, length in self._free:
-            if merged and merged[-1][0] + merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._free = merged
-        self._serve()
-
-
-_KEPT: list[MemoryRegion] = []
-
-
-@dataclass(slots=True, eq=False)
-class _Whole:
-    """An object that is written by an upload: `in_flight` pieces are on their way, no more follow once it is `complete`.
-
-    `untold` are the pieces, as (first byte, bytes), whose outcome is that of the object.
-    """
-
-    upload: Upload
-    first: int
-    in_flight: int = 0
-    complete: bool = False
-    error: TransferError | None = None
-    untold: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Piece:
-    """Some segments of an op, `first` bytes into it; piece `number` of an upload."""
-
-    plan: Plan
-    first: int
-    whole: _Whole | None = None
-    number: int = 0
-
-
-Errors = dict[int, TransferError]
-"""What failed of a plan, by segment."""
-
-
-class _Relay:
-    """One op on its way through the arena. A few lanes take pieces in turn; each fills a stretch, then empties it."""
-
-    def __init__(
-        self, op: Op, first: Backend, second: Backend, arena: Arena, buffer_nbytes: int, n_lanes: int, op_ids: Iterator[int]
-    ) -> None:
-        self._op, self._first, self._second = op, first, second
-        self._arena, self._buffer_nbytes, self._n_lanes, self._op_ids = arena, buffer_nbytes, n_lanes, op_ids
-        step = min(buffer_nbytes, max(LEAST_PIECE_NBYTES, op.nbytes // (2 * n_lanes)))
-        self._piece_nbytes = max(_PAGE_NBYTES, step // _PAGE_NBYTES * _PAGE_NBYTES)
-        self._turn = asyncio.Lock()
-        self._uploads: set[_Whole] = set()
-        self._failed: list[tuple[int, TransferError]] = []
-
-    async def run(self) -> None:
-        """Move everything.
-
-        Raises:
-            TransferError: what is not an object failed; nothing moves any more.
-            PartsFailed: objects failed, and the others are in place.
-        """
-        try:
-            # A generator that nobody closes is closed by the loop, by a task that nobody waits for.
-            async with aclosing(self._pieces()) as pieces:
-                await gather(self._lane(pieces) for _ in range(self._n_lanes))
-        finally:
-            if self._uploads:
-                await quiesce(asyncio.ensure_future(self._abort(list(self._uploads))))
-        raise_failed(self._failed, self._op)
-
-    async def _lane(self, pieces: AsyncIterator[_Piece]) -> None:
-        while True:
-            async with self._turn:
-                piece = await anext(pieces, None)
-            if piece is None:
-                return
-            await self._move(piece)
-
-    # Cutting.
-
-    async def _pieces(self) -> AsyncGenerator[_Piece, None]:
-        plan = self._op.plan
-        if plan.dst.kind is not MemoryKind.OBJECT:
-            first = 0
-            for part in plan.split(self._piece_nbytes, 1 << 62):
-                yield _Piece(part, first)
-                first += part.nbytes
-            return
-        # Small objects, one behind the other: segments from `start` on, `held` bytes, `first` bytes into the op.
-        start = held = first = at = 0
-        ends = np.cumsum(plan.lengths)
-        for region, key, begin, stop, _ in object_parts(plan.dst, plan.lengths):
-            nbytes = int(ends[stop - 1]) - at
-            if held and held + nbytes > self._piece_nbytes:
-                yield _Piece(_cut(plan, start, begin), first)
-                held = 0
-            if nbytes > self._buffer_nbytes:
-                async with aclosing(self._upload(_cut(plan, begin, stop), at, region, key)) as large:
-                    async for piece in large:
-                        yield piece
-            else:
-                if not held:
-                    start, first = begin, at
-                held += nbytes
-            at += nbytes
-        if held:
-            yield _Piece(_cut(plan, start, len(plan.lengths)), first)
-
-    async def _upload(self, plan: Plan, first: int, region: ObjectRegion, key: int) -> AsyncGenerator[_Piece, None]:
-        whole = await self._begin(plan, first, region, key)
-        if whole is None:
-            return
-        parts = _even(plan, whole.upload.piece_nbytes)
-        at = first
-        for number, part in enumerate(parts):
-            whole.in_flight += 1
-            whole.complete = at + part.nbytes == first + plan.nbytes
-            yield _Piece(part, at, whole, number)
-            at += part.nbytes
-            if whole.error is not None and not whole.complete:
-                whole.complete = True
-                whole.untold.append((at, first + plan.nbytes - at))
-                if not whole.in_flight:
-                    await self._end(whole)
-                return
-
-    async def _begin(self, plan: Plan, first: int, region: ObjectRegion, key: int) -> _Whole | None:
-        assert isinstance(self._second, StorageBackend)
-        # Not cancelled: it could leave an upload behind that nobody knows.
-        beginning = asyncio.ensure_future(
-            self._second.upload(
-                region.store,
-                region.objects[key],
-                plan.nbytes,
-                if_none_match=region.if_none_match,
-                max_piece_nbytes=self._buffer_nbytes,
-            )
-        )
-        try:
-            await quiesce(beginning)
-        except TransferError as error:
-            self._tell(first, np.array([plan.nbytes]), {0: error})
-            return None
-        finally:
-            if not beginning.cancelled() and beginning.exception() is None:
-                whole = _Whole(beginning.result(), first)
-                self._uploads.add(whole)
-        if whole.upload.piece_nbytes > self._buffer_nbytes:
-            whole.complete = True
-            whole.untold.append((first, plan.nbytes))
-            whole.error = BackendError(
-                f"object {region.objects[key]!r} needs pieces of {whole.upload.piece_nbytes} bytes, but buffers have"
-                f" {self._buffer_nbytes}; give the agent StagingBackend(buffer_nbytes=…) with more",
-                backend="staging",
-            )
-            await self._end(whole)
-            return None
-        return whole
-
-    # Moving.
-
-    async def _move(self, piece: _Piece) -> None:
-        plan, whole = piece.plan, piece.whole
-        async with self._arena.lend(plan.nbytes) as address:
-            stage = Side(self._arena.region.alone, address + np.cumsum(plan.lengths) - plan.lengths)
-            errors = await self._half(self._first, Plan(plan.src, stage, plan.lengths, plan.nbytes, ()))
-            if whole is None:
-                await self._write(plan, stage, errors)
-            else:
-                whole.error = whole.error or next(iter(errors.values()), None)
-                if whole.error is None:
-                    try:
-                        await whole.upload.put(piece.number, stage, plan.lengths)
-                    except TransferError as error:
-                        whole.error = whole.error or error
-        if whole is None:
-            self._tell(piece.first, plan.lengths, errors)
-            return
-        whole.in_flight -= 1
-        if whole.error is None and not (whole.complete and whole.in_flight == 0):
-            self._op.report(piece.first, plan.nbytes, None)
-            return
-        whole.untold.append((piece.first, plan.nbytes))
-        if whole.complete and whole.in_flight == 0:
-            await self._end(whole)
-
-    async def _write(self, plan: Plan, stage: Side, errors: Errors) -> None:
-        """Empty a stretch; what could not be read, and the objects that it belongs to, is left out."""
-        if not errors:
-            errors.update(await self._half(self._second, Plan(stage, plan.dst, plan.lengths, plan.nbytes, ())))
-            return
-        if plan.dst.kind is MemoryKind.OBJECT:
-            for _, _, start, stop, _ in object_parts(plan.dst, plan.lengths):
-                if (error := next((errors[i] for i in range(start, stop) if i in errors), None)) is not None:
-                    errors.update(dict.fromkeys(range(start, stop), error))
-        kept = np.array([i for i in range(len(plan.lengths)) if i not in errors], np.int64)
-        if len(kept):
-            lengths = plan.lengths[kept]
-            left = Plan(stage.choose(kept), plan.dst.choose(kept), lengths, int(lengths.sum()), ())
-            found = await self._half(self._second, left)
-            errors.update({int(kept[i]): error for i, error in found.items()})
-
-    async def _half(self, backend: Backend, plan: Plan) -> Errors:
-        """Copy between a stretch and a side; return what failed of objects.
-
-        Raises:
-            TransferError: what is not an object failed.
-        """
-        peer = plan.src.peer or plan.dst.peer
-        if MemoryKind.OBJECT not in (plan.src.kind, plan.dst.kind):
-            limits = backend.limits
-            for part in plan.split(limits.max_op_nbytes, limits.max_op_segments):
-                await self._insist(backend, Op(next(self._op_ids), part, peer, part.dst.peer is not None))
-            return {}
-        told: list[tuple[int, int, TransferError | None]] = []
-        op = Op(next(self._op_ids), plan, peer, False, report=lambda start, nbytes, error: told.append((start, nbytes, error)))
-        try:
-            await backend.copy(op)
-        except TransferError as error:
-            return _by_segment(plan.lengths, told, error)
-        return {}
-
-    async def _insist(self, backend: Backend, op: Op) -> None:
-        for attempt in range(RETRIES + 1):
-            try:
-                await backend.copy(op)
-                return
-            except TransferError as error:
-                if not error.retryable or attempt == RETRIES:
-                    raise
-                await asyncio.sleep(RETRY_SECONDS * 2**attempt)
-
-    async def _end(self, whole: _Whole) -> None:
-        """Finish an upload of which nothing is on its way any more, or abort it."""
-        if whole.error is None:
-            try:
-                await whole.upload.finish()
-            except TransferError as error:
-                whole.error = error
-        if whole.error is not None:
-            await quiesce(asyncio.ensure_future(self._abort([whole])))
-            self._failed.append((whole.first, whole.error))
-        self._uploads.discard(whole)
-        for first, nbytes in whole.untold:
-            self._op.report(first, nbytes, whole.error)
-
-    async def _abort(self, uploads: list[_Whole]) -> None:
-        for whole in uploads:
-            try:
-                await whole.upload.abort()
-            except TransferError as error:
-                logger.warning("an unfinished upload could not be aborted: %s", error)
-            self._uploads.discard(whole)
-
-    def _tell(self, first: int, lengths: Array, errors: Errors) -> None:
-        """Report segments that begin `first` bytes into the op, together those with one outcome."""
-        start = 0
-        ends = np.cumsum(lengths).tolist()
-        for cut in [i for i in range(1, len(ends)) if errors and errors.get(i) is not errors.get(i - 1)] + [len(ends)]:
-            begin = ends[start - 1] if start else 0
-            error = errors.get(start)
-            if error is not None:
-                self._failed.append((first + begin, error))
-            self._op.report(first + begin, ends[cut - 1] - begin, error)
-            start = cut
-
-
-def _by_segment(lengths: Array, told: list[tuple[int, int, TransferError | None]], otherwise: TransferError) -> Errors:
-    """Return what failed: what was told so, and what nothing was told of."""
-    ends = np.cumsum(lengths)
-    errors = dict.fromkeys(range(len(lengths)), otherwise)
-    for start, nbytes, error in told:
-        covered = range(int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, start + nbytes, "left")) + 1)
-        for segment in covered:
-            if error is None:
-                errors.pop(segment, None)
-            else:
-                errors[segment] = error
-    return errors
-
-
-def _cut(plan: Plan, start: int, stop: int) -> Plan:
-    lengths = plan.lengths[start:stop]
-    return Plan(plan.src.take(start, stop), plan.dst.take(start, stop), lengths, int(lengths.sum()), ())
-
-
-def _even(plan: Plan, nbytes: int) -> Iterator[Plan]:
-    """Cut at exact multiples of `nbytes`, within segments too."""
-    cuts = np.arange(nbytes, plan.nbytes, nbytes)
-    old_ends = np.cumsum(plan.lengths)
-    ends = np.union1d(old_ends, cuts)
-    starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
-    which = np.searchsorted(old_ends, starts, "right")
-    inside = starts - (old_ends[which] - plan.lengths[which])
-
-    def side(one: Side) -> Side:
-        chosen = one.choose(which)
-        return Side(chosen.regions, chosen.addresses + inside, chosen.index)
-
-    fine = Plan(side(plan.src), side(plan.dst), ends - starts, plan.nbytes, ())
-    start = 0
-    for stop in [*np.searchsorted(ends, cuts, "left").tolist(), len(ends) - 1]:
-        yield _cut(fine, start, stop + 1)
-        start = stop + 1
 
 
 _PROBE: list[Side] = []

@@ -9,7 +9,7 @@ import enum
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nixl_async.descriptors import Plan
 from nixl_async.errors import InvalidTransition
@@ -81,6 +81,18 @@ _ARROWS = {
 }
 
 
+class TrafficClass(enum.Enum):
+    """What a transfer's bytes are for; each class has its share of every backend while it has work."""
+
+    __hash__ = object.__hash__
+
+    LATENCY = "latency"
+    """Somebody waits for it: a token, a request's first pages."""
+    NORMAL = "normal"
+    BULK = "bulk"
+    """Nobody waits for it: offload, backup, prefetch."""
+
+
 def mermaid() -> str:
     """Render the transition table as a Mermaid state diagram; the README holds exactly this text."""
     lines = ["stateDiagram-v2", "    [*] --> QUEUED"]
@@ -109,9 +121,10 @@ class TransferRecord:
     """Everything the scheduler keeps about one transfer.
 
     `routes` are the backends still to be tried, the current one first; `pieces` is the plan cut to that one's limits, of which
-    `taken` pieces and `taken_nbytes` bytes have been given to it; `again` holds what must be sent another time, as (first byte,
-    plan), the next one last. `in_flight` counts started ops; `solo` keeps the transfer out of batches, so that a failure can be
-    told to be its own. `history` has three moves at most.
+    `taken` pieces and `taken_nbytes` bytes have been given to it; `again` holds what must be sent another time or was cut finer,
+    as (first byte, plan), the next one last. `ops` are the ids of those in flight, one for each of its pieces; `solo` keeps the
+    transfer out of batches, so that a failure can be told to be its own; `waits_in` is the queue's. `history` has three moves at
+    most.
     """
 
     id: int
@@ -122,6 +135,7 @@ class TransferRecord:
     put: bool
     priority: int = 0
     deadline: float | None = None
+    traffic_class: TrafficClass = TrafficClass.NORMAL
     submitted: float = 0.0
     started: float | None = None
     finished: float | None = None
@@ -129,12 +143,13 @@ class TransferRecord:
     error: BaseException | None = None
     attempts: int = 0
     retries: int = 0
-    in_flight: int = 0
+    ops: tuple[int, ...] = ()
     nbytes_done: int = 0
     taken: int = 0
     taken_nbytes: int = 0
     again: list[tuple[int, Plan]] | None = None
     solo: bool = False
+    waits_in: Any = None
     cancel_requested: bool = False
     history: tuple[tuple[float, str, str, str], ...] = ()
 
@@ -152,6 +167,19 @@ class TransferRecord:
         self.taken += 1
         self.taken_nbytes += piece.nbytes
         return first, piece
+
+    def cut(self, max_nbytes: int, max_segments: int) -> None:
+        """Cut the next piece into pieces of at most `max_nbytes` bytes and `max_segments` segments."""
+        piece = self.peek()
+        if piece is None or piece.nbytes <= max_nbytes:
+            return
+        first, piece = self.take()
+        end = first + piece.nbytes
+        again = [] if self.again is None else self.again
+        for finer in reversed(list(piece.split(max_nbytes, max_segments))):
+            end -= finer.nbytes
+            again.append((end, finer))
+        self.again = again
 
     def drop_unsent(self) -> list[tuple[int, Plan]]:
         """Take all that is left, in order."""

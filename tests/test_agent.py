@@ -22,6 +22,7 @@ from nixl_async import (
     Peer,
     PeerLost,
     RegistrationError,
+    TrafficClass,
     TransferState,
 )
 
@@ -256,3 +257,28 @@ async def test_the_bytes_cross_processes(other_process: tuple[tuple[str, int], i
         await agent.transfer(remote.pages(order, 4096), sink)
         assert (sent == back).all()
         assert not np.shares_memory(sent, back)
+
+
+async def test_how_urgent_a_transfer_is() -> None:
+    async with Agent("urgent", backends=["memory"], shares={"bulk": 2}) as agent:
+        near, far = await agent.register(bytearray(1 << 20)), await agent.register(bytearray(1 << 20))
+        due = asyncio.get_running_loop().time() - 1
+        await agent.transfer(near, far, traffic_class="latency", deadline=due, after=asyncio.sleep(0))
+        prepared = await agent.prepare(near, far)
+        await prepared.submit(traffic_class=TrafficClass.BULK)
+        counts = agent.statistics().classes
+        assert (counts["latency"].done, counts["latency"].late, counts["latency"].nbytes) == (1, 1, 1 << 20)
+        assert (counts["bulk"].done, counts["bulk"].late, counts["normal"].done) == (1, 0, 0)
+
+
+async def test_wrong_urgency_is_refused() -> None:
+    async with Agent("urgent", backends=["memory"]) as agent:
+        near, far = await agent.register(bytearray(64)), await agent.register(bytearray(64))
+        with pytest.raises(ConfigurationError, match="traffic_class is 'fast'; it must be one of 'latency', 'normal', 'bulk'"):
+            await agent.transfer(near, far, traffic_class="fast")
+        with pytest.raises(ConfigurationError, match="deadline is nan; give seconds of the loop's clock"):
+            agent.submit(near, far, deadline=float("nan"))
+    with pytest.raises(ConfigurationError, match="a class of shares is 'fast'"):
+        Agent("urgent", shares={"fast": 1})
+    with pytest.raises(ConfigurationError, match="is 0; shares are positive numbers"):
+        Agent("urgent", shares={"bulk": 0})

@@ -28,6 +28,9 @@ TESTED_ELSEWHERE = {
     "nixl_async/http/__init__.py": "tests/http/test_pool.py",
     "backends/azure_": "tests/backends/test_azure.py",
     "backends/gcs_": "tests/backends/test_gcs.py",
+    "backends/s3_bucket": "tests/backends/test_s3.py",
+    "backends/s3_upload": "tests/backends/test_s3.py",
+    "nixl_async/relay.py": "tests/test_staging.py",
     "nixl_async/tiers/__init__.py": "tests/tiers/test_store.py",
     "backends/__init__.py": "tests/backends/test_conformance.py",
 }

@@ -68,6 +68,7 @@ def bench(*arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 ROWS = {
     "throughput": 8,
+    "slices": 12,
     "latency": 4,
     "notification": 2,
     "stall": 16,
@@ -75,6 +76,9 @@ ROWS = {
     "busy-peer": 3,
     "many": 2,
     "descriptors": 4,
+    "planner": 8,
+    "qos": 8,
+    "scheduler": 6,
     "s3-get": 8,
     "s3-put": 16,
     "s3-many": 8,
@@ -114,7 +118,7 @@ def nixl_python() -> str:
 
 
 @pytest.mark.nixl
-@pytest.mark.parametrize("command", ["throughput", "latency", "many", "stall", "notification", "busy-peer"])
+@pytest.mark.parametrize("command", ["throughput", "slices", "latency", "many", "stall", "notification", "busy-peer"])
 def test_command_beside_nixl(command: str, nixl_python: str) -> None:
     system, rows = bench(command, "--path", "samehost", "--nixl-python", nixl_python)
     assert "nixl-cu1" in system["nixl"]

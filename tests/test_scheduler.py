@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,118 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nixl_async.backend import Limits, Op
-from nixl_async.descriptors import MemoryKind, Region, make_plan
 from nixl_async.errors import BackendError, PeerLost, Quarantined, TransferError
-from nixl_async.memory import Buffer, MemoryRegion, RemoteRegion
-from nixl_async.scheduler import (
-    BACKOFF_SECONDS,
-    BATCH_NBYTES,
-    BATCH_PARTS,
-    MAX_RETRIES,
-    Action,
-    Finish,
-    Scheduler,
-    Start,
-    Stop,
-)
-from nixl_async.transfer import TransferRecord, TransferState
-
-SPACE = 32
-FAR = 1 << (SPACE - 1)
-"""Transfer n reads from address n << SPACE on, and writes from FAR bytes behind that."""
-
-
-async def _closed(region: MemoryRegion) -> None:
-    pass
-
-
-def region_at(address: int, nbytes: int, peer: str | None) -> Region:
-    if peer is None:
-        return MemoryRegion("local", Buffer(address, nbytes, MemoryKind.DRAM, 0, False, None), _closed)
-    return RemoteRegion(peer, "life", "remote", address, nbytes)
-
-
-def make_record(
-    number: int,
-    limits: dict[str, Limits],
-    *,
-    nbytes: int = 100,
-    peer: str | None = "p",
-    put: bool = True,
-    routes: tuple[str, ...] | None = None,
-    priority: int = 0,
-    deadline: float | None = None,
-    page_nbytes: int = 0,
-    order: Iterable[int] = (),
-) -> TransferRecord:
-    """Make a transfer of `nbytes` bytes in a row, or, with `page_nbytes`, of source pages in `order` to ascending ones."""
-    base = (number + 1) << SPACE
-    pages = list(order)
-    span = (len(pages) * page_nbytes if page_nbytes else nbytes) or 1
-    src = region_at(base, span, None if put else peer)
-    dst = region_at(base + FAR, span, peer if put else None)
-    if page_nbytes:
-        plan = make_plan(src.pages(pages, page_nbytes), dst.pages(range(len(pages)), page_nbytes))
-    else:
-        plan = make_plan(src[0:nbytes], dst[0:nbytes])
-    routes = tuple(limits) if routes is None else routes
-    limit = limits[routes[0]]
-    pieces = list(plan.split(limit.max_op_nbytes, limit.max_op_segments)) if plan.nbytes else []
-    return TransferRecord(number, plan, pieces, routes, peer, put, priority, deadline)
-
-
-class Bench:
-    """A scheduler, what it started and what it finished; time is what `now` says."""
-
-    def __init__(self, **limits: Limits) -> None:
-        self.limits = limits or {"wire": Limits()}
-        self.scheduler = Scheduler(self.limits)
-        self.now = 0.0
-        self.running: dict[int, tuple[str, Op]] = {}
-        self.started: list[tuple[str, Op]] = []
-        self.stopped: list[int] = []
-        self.finished: list[TransferRecord] = []
-        self._numbers = itertools.count(1)
-
-    def submit(self, **wanted: Any) -> TransferRecord:
-        record = make_record(next(self._numbers), self.limits, **wanted)
-        self.take(self.scheduler.submit(record, self.now))
-        return record
-
-    def take(self, actions: list[Action]) -> list[Action]:
-        for action in actions:
-            match action:
-                case Start(backend, op):
-                    self.running[op.id] = (backend, op)
-                    self.started.append((backend, op))
-                case Stop(op_id):
-                    self.stopped.append(op_id)
-                case Finish(record):
-                    self.finished.append(record)
-        self.scheduler.check()
-        return actions
-
-    def done(self, op_id: int | None = None) -> list[Action]:
-        chosen = next(iter(self.running)) if op_id is None else op_id
-        del self.running[chosen]
-        return self.take(self.scheduler.op_done(chosen, self.now))
-
-    def fail(self, error: BaseException, op_id: int | None = None) -> list[Action]:
-        chosen = next(iter(self.running)) if op_id is None else op_id
-        del self.running[chosen]
-        return self.take(self.scheduler.op_failed(chosen, error, self.now))
-
-    def cancel(self, record: TransferRecord) -> list[Action]:
-        return self.take(self.scheduler.cancel(record.id, self.now))
-
-    def tick(self, now: float) -> list[Action]:
-        self.now = now
-        return self.take(self.scheduler.tick(now))
-
-    def order(self) -> list[list[int]]:
-        """Return which transfers each op that was started carries."""
-        return [[part[0] for part in op.parts] for _, op in self.started]
-
+from nixl_async.queues import BATCH_NBYTES, BATCH_PARTS
+from nixl_async.scheduler import BACKOFF_SECONDS, MAX_RETRIES, Action, Finish, Start, Stop
+from nixl_async.transfer import TrafficClass, TransferRecord, TransferState
+from tests.scheduling import FAR, SPACE, Bench, make_record
 
 ONE = Limits(max_ops=1)
 
@@ -186,7 +77,8 @@ def test_an_op_that_has_told_of_its_parts_is_not_sent_again() -> None:
 
 def test_a_backend_may_come_later() -> None:
     bench = Bench(wire=ONE)
-    bench.scheduler.add_backend("store", Limits(max_ops=2, batch=False))
+    bench.limits["store"] = Limits(max_ops=2, batch=False)
+    bench.scheduler.add_backend("store", bench.limits["store"])
     bench.submit(nbytes=100)
     for _ in range(3):
         bench.submit(nbytes=100, routes=("store",))
@@ -245,13 +137,82 @@ def test_backends_have_their_own_room() -> None:
     assert [backend for backend, _ in bench.started] == ["a", "b"]
 
 
-def test_idle_says_whether_something_waits() -> None:
+def test_idle_says_whether_something_as_urgent_waits() -> None:
     bench = Bench(wire=ONE)
     assert bench.scheduler.idle("wire", "p")
     bench.submit()
-    bench.submit()
+    waiting = bench.submit()
     assert not bench.scheduler.idle("wire", "p")
+    assert not bench.scheduler.idle("wire", "p", TrafficClass.BULK)
+    assert bench.scheduler.idle("wire", "p", TrafficClass.LATENCY)
     assert bench.scheduler.idle("wire", "q")
+    bench.cancel(waiting)
+    assert bench.scheduler.idle("wire", "p")
+
+
+# Held transfers.
+
+
+def test_a_held_transfer_waits_until_it_is_released() -> None:
+    bench = Bench()
+    record = bench.submit(hold=True)
+    assert bench.take(bench.scheduler.dispatch(0.0)) == []
+    assert record.state is TransferState.QUEUED
+    assert bench.scheduler.idle("wire", "p")
+    assert bench.take(bench.scheduler.release(record.id, 1.0)) == []
+    bench.take(bench.scheduler.dispatch(1.0))
+    assert bench.order() == [[record.id]]
+    assert bench.take(bench.scheduler.release(record.id, 1.0)) == []
+    assert bench.take(bench.scheduler.refuse(record.id, ValueError("late"), 1.0)) == []
+    bench.done()
+    assert record.state is TransferState.DONE
+
+
+def test_a_held_transfer_can_be_refused_cancelled_and_lose_its_peer() -> None:
+    bench = Bench()
+    refused, cancelled, lost, other = (bench.submit(hold=True, peer=peer) for peer in ("p", "p", "p", "q"))
+    error, gone = ValueError("the kernel failed"), PeerLost("gone")
+    bench.take(bench.scheduler.refuse(refused.id, error, 0.0))
+    assert (refused.state, refused.error) == (TransferState.FAILED, error)
+    assert [event for _, _, event, _ in refused.history] == ["refuse"]
+    bench.cancel(cancelled)
+    assert cancelled.state is TransferState.CANCELLED
+    bench.take(bench.scheduler.peer_lost("p", gone, 0.0))
+    assert (lost.state, lost.error) == (TransferState.FAILED, gone)
+    assert bench.finished == [refused, cancelled, lost]
+    for record in (refused, cancelled, lost):
+        assert bench.take(bench.scheduler.release(record.id, 0.0)) == []
+    bench.take(bench.scheduler.release(other.id, 0.0))
+    bench.take(bench.scheduler.dispatch(0.0))
+    assert bench.order() == [[other.id]]
+
+
+def test_nothing_to_move_finishes_when_it_is_released() -> None:
+    bench = Bench()
+    record = bench.submit(nbytes=0, hold=True)
+    assert not bench.finished
+    bench.take(bench.scheduler.release(record.id, 3.0))
+    assert bench.finished == [record]
+    assert record.result() == (0, 3.0, 3.0, 0, "wire")
+
+
+# Statistics.
+
+
+def test_what_is_done_after_its_deadline_is_counted() -> None:
+    bench = Bench(wire=Limits(batch=False))
+    bench.submit(deadline=2.0, nbytes=10)
+    bench.submit(deadline=5.0, nbytes=20)
+    bench.submit(deadline=1.0, traffic_class=TrafficClass.BULK, nbytes=40)
+    bench.cancel(bench.submit(deadline=1.0))
+    bench.submit()
+    bench.now = 3.0
+    for _ in range(3):
+        bench.done()
+    counts = bench.scheduler.counts()
+    assert counts[TrafficClass.NORMAL] == (2, 2, 1, 30)
+    assert counts[TrafficClass.BULK] == (0, 1, 1, 40)
+    assert counts[TrafficClass.LATENCY] == (0, 0, 0, 0)
 
 
 # Order.
@@ -544,8 +505,8 @@ def test_a_quarantine_keeps_the_error_that_came_first() -> None:
 # Whatever happens.
 
 MACHINE_LIMITS = {
-    "fast": Limits(max_ops=3, max_nbytes=3000, max_op_nbytes=1200, max_op_segments=12, drain_seconds=1.0),
-    "slow": Limits(max_ops=2, max_nbytes=700, max_op_nbytes=500, max_op_segments=5, drain_seconds=2.0),
+    "fast": Limits(max_ops=3, max_nbytes=3000, max_op_nbytes=1200, max_op_segments=12, drain_seconds=1.0, slice_nbytes=300),
+    "slow": Limits(2, 700, 500, 5, drain_seconds=2.0, max_peer_ops=1, max_peer_nbytes=600, slice_nbytes=0),
 }
 PEERS = [None, "p", "q"]
 FAILURES = {
@@ -567,6 +528,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.source: dict[int, np.ndarray] = {}
         self.submitted = 0
         self.stops: set[int] = set()
+        self.held: set[int] = set()
 
     # What the scheduler says.
 
@@ -582,6 +544,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     _, op = self.bench.running[op_id]
                     assert all(self.records[n].state is TransferState.DRAINING for n, _, _ in op.parts)
                 case Finish(record):
+                    self.held.discard(record.id)
                     self.check_finish(record)
 
     def check_start(self, backend: str, op: Op) -> None:
@@ -592,7 +555,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for number, _, _ in op.parts:
             record = self.records[number]
             assert (record.peer, record.put) == (op.peer, op.put)
-            assert backend in ("fast", "slow")
+            assert backend in record.routes
+            assert number not in self.held
             assert record.cancel_requested is False
 
     def check_finish(self, record: TransferRecord) -> None:
@@ -630,11 +594,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         put=st.booleans(),
         priority=st.integers(-1, 2),
         deadline=st.none() | st.floats(0, 10),
+        traffic_class=st.sampled_from(TrafficClass),
+        hold=st.sampled_from([False, False, False, True]),
         page_nbytes=st.sampled_from([1, 7, 64, 400, 1500]),
         order=st.integers(0, 24).flatmap(lambda n: st.permutations(range(n))),
         routes=st.sampled_from([("fast",), ("slow",), ("fast", "slow"), ("slow", "fast")]),
     )
-    def submit(self, peer: str | None, put: bool, page_nbytes: int, order: list[int], **wanted: Any) -> None:
+    def submit(self, peer: str | None, put: bool, page_nbytes: int, order: list[int], hold: bool, **wanted: Any) -> None:
         self.submitted += 1
         number = self.submitted
         record = make_record(number, MACHINE_LIMITS, peer=peer, put=put, page_nbytes=page_nbytes, order=order, **wanted)
@@ -642,7 +608,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.covered[number] = np.zeros(len(order) * page_nbytes, np.int64)
         pages = np.arange(len(order) * page_nbytes).reshape(len(order), page_nbytes)
         self.source[number] = pages[order].ravel() if order else pages.ravel()
-        self.take(self.bench.take(self.bench.scheduler.submit(record, self.bench.now)))
+        if hold:
+            self.held.add(number)
+        self.take(self.bench.take(self.bench.scheduler.submit(record, self.bench.now, hold=hold)))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), error=st.none() | st.just(TransferError("the point it waits for failed")))
+    def what_it_waits_for_ends(self, data: st.DataObject, error: TransferError | None) -> None:
+        number = data.draw(st.sampled_from(sorted(self.held)), label="held")
+        if error is not None:
+            self.take(self.bench.take(self.bench.scheduler.refuse(number, error, self.bench.now)))
+            assert self.records[number].error is error
+            return
+        self.release(number)
+
+    def release(self, number: int) -> None:
+        self.held.remove(number)
+        self.take(self.bench.take(self.bench.scheduler.release(number, self.bench.now)))
+        self.take(self.bench.take(self.bench.scheduler.dispatch(self.bench.now)))
 
     @precondition(lambda self: self.bench.running)
     @rule(data=st.data())
@@ -690,6 +673,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.bench.scheduler.in_flight(name) == (len(mine), sum(op.nbytes for op in mine))
             assert len(mine) <= limits.max_ops
             assert sum(op.nbytes for op in mine) <= limits.max_nbytes or len(mine) == 1
+            for peer in PEERS:
+                sizes = [op.nbytes for op in mine if op.peer == peer]
+                assert not limits.max_peer_ops or len(sizes) <= limits.max_peer_ops
+                assert not limits.max_peer_nbytes or sum(sizes) <= limits.max_peer_nbytes or len(sizes) == 1
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
@@ -699,14 +686,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert live == {n for n, record in self.records.items() if not record.state.final}
         assert {record.id for record in self.bench.finished} == set(self.records) - live
         for record in self.bench.scheduler.live():
-            if record.peek() is not None:
+            if record.id in self.held:
+                assert record.state is TransferState.QUEUED
+            elif record.peek() is not None:
                 assert self.bench.scheduler.in_flight(record.routes[0])[0], f"{record} waits for nothing"
-            elif record.in_flight == 0:
+            elif not record.ops:
                 assert self.bench.scheduler.next_wakeup() is not None, f"{record} waits for nothing"
 
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
             return
+        for number in sorted(self.held):
+            self.release(number)
         while self.bench.scheduler.live():
             if self.bench.running:
                 chosen = min(self.bench.running)

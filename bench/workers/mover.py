@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.pattern import allocate, blank, count_wrong, fill, page_order
+from bench.slices import DST_TP, SRC_TP, Request
 from bench.worker import Common
 
 if TYPE_CHECKING:
@@ -50,3 +51,17 @@ class Mover(Common):
     def check(self, salt: int) -> int:
         """Return how many pages are wrong on the destination after a run."""
         return count_wrong(self.buffer, self.order, self.page_nbytes, salt, scattered=self.write)
+
+    def ready_slices(self, op: str, layers: int, tokens: int, slice_nbytes: int) -> None:
+        """Do what stays outside the timing of runs that move a request's head slices; `check_slices` belongs to them."""
+        self.write = op == "write"
+        self.request = Request(layers, tokens, slice_nbytes)
+        self.near_tp, self.far_tp = (SRC_TP, DST_TP) if self.write else (DST_TP, SRC_TP)
+        self.prepare_slices()
+
+    def prepare_slices(self) -> None:
+        """Build the contender's own lists for `request`; the target has nothing to do."""
+
+    def check_slices(self, salt: int) -> int:
+        """Return how many slices are wrong on the destination after a run."""
+        return self.request.count_wrong(self.buffer, salt)

@@ -63,6 +63,27 @@ class Nixl(Mover):
         self.near = self.agent.prep_xfer_dlist("", self._table(self.buffer.ctypes.data, self.indices))
         self.far = self.agent.prep_xfer_dlist(self.peer, self._table(self.remote, self.order))
 
+    def prepare_slices(self) -> None:
+        """Prepare both lists of slices."""
+        if not hasattr(self, "peer"):
+            return
+        request = self.request
+        self.indices = np.arange(request.count)
+        self.page_nbytes = request.slice_nbytes
+        sides = ((self.buffer.ctypes.data, self.near_tp), (self.remote, self.far_tp))
+        near, far = (self._slices(address, request.offsets(tp)) for address, tp in sides)
+        self.near, self.far = self.agent.prep_xfer_dlist("", near), self.agent.prep_xfer_dlist(self.peer, far)
+
+    def _slices(self, address: int, offsets: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        table = np.zeros((len(offsets), 3), np.uint64)
+        table[:, 0] = np.uint64(address) + offsets.astype(np.uint64)
+        table[:, 1] = self.page_nbytes
+        return self.agent.get_xfer_descs(table, "DRAM")
+
+    def move_slices(self, whole: bool) -> dict[str, float]:
+        """Move the request's slices once."""
+        return self.move()
+
     def _make(self) -> Any:
         operation = "WRITE" if self.write else "READ"
         return self.agent.make_prepped_xfer(operation, self.near, self.indices, self.far, self.indices, b"")

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench import planner
 from bench.descriptors import measure
 from bench.loops import TimedSelector, Watch
+from bench.slices import DST_TP, HEADS, KV, PAGE_TOKENS, PAIR, SRC_TP
 from bench.worker import reset_rss_peak, rss_peak, serve_async
 from bench.workers.mover import Mover
 from nixl_async import Agent
+from nixl_async.geometry import KVGeometry, Sharding
+from nixl_async.planner import plan_pairs
 
 if TYPE_CHECKING:
     from nixl_async import Descriptor
@@ -65,6 +69,28 @@ class Ours(Mover):
         """Move every page once; timed from page indices to the completed await."""
         cpu, start = time.process_time(), time.perf_counter()
         result = await self.agent.transfer(*self._sides())
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "cpu": time.process_time() - cpu, "route": result.route}
+
+    def prepare_slices(self) -> None:
+        """Plan which ranks talk, as two engines do when they meet; what is made of block tables belongs to the timed part."""
+        request = self.request
+        geometry = KVGeometry(request.layers, HEADS, request.slice_nbytes * SRC_TP // HEADS, 1, KV)
+        sides = (Sharding(tp, page_tokens=PAGE_TOKENS) for tp in (SRC_TP, DST_TP))
+        self.pair = next(p for p in plan_pairs(geometry, *sides) if (p.src.rank, p.dst.rank) == PAIR)
+        near = self.region[0 : request.pool_nbytes(self.near_tp)], request.table(self.near_tp)
+        far = self.remote[0 : request.pool_nbytes(self.far_tp)], request.table(self.far_tp)
+        self.places = (*near, *far) if self.write else (*far, *near)
+
+    async def move_slices(self, whole: bool) -> dict[str, Any]:
+        """Move the request's slices once, or as many bytes in one range; timed from block tables to the completed await."""
+        nbytes = self.request.count * self.request.slice_nbytes
+        cpu, start = time.process_time(), time.perf_counter()
+        if whole:
+            near, far = self.region[0:nbytes], self.remote[0:nbytes]
+            result = await self.agent.transfer(*((near, far) if self.write else (far, near)))
+        else:
+            result = await self.agent.transfer(*self.pair.pages(*self.places, self.request.tokens))
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "cpu": time.process_time() - cpu, "route": result.route}
 
@@ -156,6 +182,10 @@ class Ours(Mover):
     def descriptors(self, n_pages: int, repeats: int) -> dict[str, list[float]]:
         """Time the steps that turn page indices into a plan; seconds for all pages."""
         return measure(n_pages, repeats)
+
+    def planner(self, case: str, n_slices: int, repeats: int) -> dict[str, list[float]]:
+        """Time what turns block tables into head slices; nanoseconds for each slice."""
+        return planner.measure(case, n_slices, repeats)
 
     async def spokes(self, hub: dict[str, Any], count: int) -> None:
         """Open `count` more agents, each with a region, and connect them to the hub."""

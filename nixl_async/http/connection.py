@@ -2,11 +2,13 @@
 
 It reads and writes its non-blocking socket itself when the loop says it is ready. So a page list is one gathering or scattering
 system call, TLS decrypts into the caller's memory, and closing the socket is all it takes to know that nothing moves any more.
+What is most common, a GET without TLS, is left to the pool's `Engine`, and taken over where the response is an unusual one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import struct
@@ -25,6 +27,7 @@ from nixl_async.http.messages import (
 )
 
 if TYPE_CHECKING:
+    from nixl_async.http.engine import Engine
     from nixl_async.http.pool import Pool
 
 STEP_NBYTES = 1 << 20
@@ -36,11 +39,15 @@ _AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWr
 
 
 class Connection:
-    """A connected socket of `pool`; `used` tells whether it has answered a request already."""
+    """A connected socket of `pool`; `used` tells whether it has answered a request already.
+
+    `slot` is its place in the engine, -1 while it reads and writes by itself.
+    """
 
     __slots__ = (
         "_broken",
         "_chunks",
+        "_engine",
         "_fd",
         "_got",
         "_head",
@@ -60,10 +67,11 @@ class Connection:
         "closed",
         "pool",
         "request",
+        "slot",
         "used",
     )
 
-    def __init__(self, pool: Pool, connected: socket.socket) -> None:
+    def __init__(self, pool: Pool, connected: socket.socket, engine: Engine | None = None) -> None:
         self.pool = pool
         self.closed = False
         self.used = False
@@ -72,6 +80,8 @@ class Connection:
         self._socket = connected
         self._tls = isinstance(connected, ssl.SSLSocket)
         self._fd = connected.fileno()
+        self._engine = engine
+        self.slot = -1
         self._out: list[memoryview | bytes] = []
         self._out_at = 0
         self._writing = False
@@ -95,16 +105,88 @@ class Connection:
         request.connection = self
         self.active_at = self._started = self.pool.loop.time()
         self._moved = 0
+        if request.sink_nbytes and not request.body and request.method == "GET" and self._enter_engine():
+            assert self._engine is not None
+            if not self._engine.get(self.slot, request):
+                self.take_over()
+            return
+        self._leave_engine()
+        request.make_sink()
         self._out = [request.head, *request.body]
         self._out_at = 0
         self._write()
+
+    def _enter_engine(self) -> bool:
+        if self.slot < 0 and self._engine is not None:
+            self.slot = self._engine.adopt(self, self._fd)
+            if self.slot >= 0:
+                self.pool.loop.remove_reader(self._fd)
+        return self.slot >= 0
+
+    def _leave_engine(self) -> None:
+        if self.slot >= 0 and self._engine is not None:
+            self._engine.release(self.slot)
+            self.slot = -1
+            self.pool.loop.add_reader(self._fd, self._readable)
+
+    def arrived(self, status: int, span: tuple[int, int, int], waited: float) -> None:
+        """The engine has put a response in its place."""
+        request, self.request = self.request, None
+        assert request is not None
+        assert self._engine is not None
+        self.pool.answered(waited)
+        self.used = True
+        request.connection = None
+        if request.receiver is not None:
+            receiver, request.receiver = request.receiver, None
+            receiver.arrived(request, status, span)
+        else:
+            head = parse_head(self._engine.head_of(self.slot), request.method)
+            request.answer(Response(status, head.headers, sunk=True))
+        self.pool.finished(self, request, pump=False)
+
+    def take_over(self) -> None:
+        """Go on from where the engine has stopped."""
+        request, engine = self.request, self._engine
+        assert request is not None
+        assert engine is not None
+        done = engine.progress(self.slot)
+        self._leave_engine()
+        self.active_at = self.pool.loop.time() - done.silence
+        request.make_sink()
+        self._out = [request.head] if done.sent < len(request.head) else []
+        self._out_at = done.sent
+        try:
+            if done.head_nbytes:
+                self._head = parse_head(done.kept[: done.head_nbytes - 4], request.method)
+                self._advance(request, done.got)
+            elif done.kept:
+                self.pool.scratch[: len(done.kept)] = done.kept
+                self._take(request, len(done.kept))
+        except HTTPError as error:
+            self._fail(error)
+            return
+        if done.error and self.request is request:
+            self._lost(f"the connection broke: {OSError(done.error, os.strerror(done.error))}")
+        elif self._out:
+            self._write()
+
+    def silence(self, now: float) -> float:
+        """Return for how many seconds the server has sent and taken nothing."""
+        if self.slot >= 0 and self.request is not None and self._engine is not None:
+            return self._engine.progress(self.slot).silence
+        return now - self.active_at
 
     def close(self) -> None:
         """Close at once: from here on nothing is read into memory or sent from it."""
         if self.closed:
             return
         self.closed = True
-        self.pool.loop.remove_reader(self._fd)
+        if self.slot >= 0 and self._engine is not None:
+            self._engine.release(self.slot)
+            self.slot = -1
+        else:
+            self.pool.loop.remove_reader(self._fd)
         if self._writing:
             self.pool.loop.remove_writer(self._fd)
         self._out = []
@@ -198,7 +280,7 @@ class Connection:
             # TLS tickets may come on an idle connection; else the server closes it, or says what nobody asked.
             if self._tls:
                 self._socket.recv_into(self.pool.scratch[:1])
-            self._drop()
+            self.drop()
             return False
         if self._head is not None and self._kept is None and self._chunks is None and not self._stream:
             n = self._read_into_sink(request)
@@ -340,15 +422,14 @@ class Connection:
         self._reset()
         if not reuse:
             self.close()
-        if request.future is not None and not request.future.done():
-            request.future.set_result(response)
+        request.answer(response)
         self.pool.finished(self, request)
 
     def _lost(self, what: str) -> None:
         """The connection is gone."""
         request = self.request
         if request is None:
-            self._drop()
+            self.drop()
         elif self.used and self._head is None and not self._pending:
             # The server closed an idle connection just as it was used: RFC 9112 §9.3.1 lets us send again. That ends: a
             # connection that has answered nothing is no such one.
@@ -358,19 +439,19 @@ class Connection:
         else:
             self._fail(HTTPError(what))
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """End an idle connection."""
         self.pool.dropped(self)
         self.close()
 
     def _fail(self, error: HTTPError) -> None:
         request, self.request = self.request, None
         if request is None:
-            self._drop()
+            self.drop()
             return
         self.close()
         request.connection = None
-        if request.future is not None and not request.future.done():
-            request.future.set_exception(error)
+        request.answer(error)
         self.pool.finished(self, request)
 
     def expire(self, seconds: float) -> None:

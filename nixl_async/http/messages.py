@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nixl_async.native import ffi
 
@@ -32,11 +32,22 @@ class DamagedError(HTTPError):
     """A response whose bytes are not those that their checksum stands for."""
 
 
+class Receiver(Protocol):
+    """Takes the responses of many requests, one call for each; it is called by the pool and must not call it back."""
+
+    def arrived(self, request: Request, status: int, span: tuple[int, int, int]) -> None:
+        """The body is in its place: a 200 or 206. `span` is what Content-Range tells: first, last, total; -1: nothing."""
+
+    def ended(self, request: Request, outcome: Response | HTTPError) -> None:
+        """The response is another, or came another way, or there is none."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """What is asked: `head` is everything up to the empty line, inclusive; `body` follows it.
 
-    `sink` is where the body of a successful response goes; its bytes must be as many as the response has.
+    `sink` is where the body of a successful response goes; its bytes must be as many as the response has. `place` may stand for
+    it: C arrays of addresses and of lengths, and how many there are. The response goes to `receiver`, if there is one.
     """
 
     method: str
@@ -48,6 +59,38 @@ class Request:
     future: asyncio.Future[Response] | None = None
     connection: Connection | None = None
     resent: bool = False
+    place: tuple[Any, Any, int] | None = None
+    receiver: Receiver | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for a response."""
+        return self.receiver is None and (self.future is None or self.future.done())
+
+    def answer(self, outcome: Response | HTTPError) -> None:
+        """Tell whoever waits."""
+        if self.receiver is not None:
+            receiver, self.receiver = self.receiver, None
+            receiver.ended(self, outcome)
+        elif self.future is not None and not self.future.done():
+            if isinstance(outcome, HTTPError):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+
+    def locate(self) -> tuple[Any, Any, int]:
+        """Return where the body goes, as `place`; memory that cannot be written to is refused with an exception."""
+        if self.place is None:
+            pieces = [ffi.from_buffer("char[]", piece, require_writable=True) for piece in self.sink if len(piece)]
+            addresses = ffi.new("int64_t[]", [int(ffi.cast("intptr_t", piece)) for piece in pieces])
+            self.place = (addresses, ffi.new("int64_t[]", [len(piece) for piece in pieces]), len(pieces))
+        return self.place
+
+    def make_sink(self) -> None:
+        """Make views of `place`, where there is no `sink` yet."""
+        if not self.sink and self.place is not None:
+            addresses, lengths, n = self.place
+            self.sink = [view(addresses[i], lengths[i]) for i in range(n) if lengths[i]]
 
     @property
     def nbytes(self) -> int:

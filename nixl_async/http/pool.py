@@ -6,9 +6,11 @@ import asyncio
 import ssl
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nixl_async.http.connection import Connection, connect
+from nixl_async.http.engine import Engine
 from nixl_async.http.messages import HTTPError, Request, Response
 
 BUDGET_SECONDS = 0.0006
@@ -67,6 +69,7 @@ class Pool:
         self._nearest = 0.0
         self._nearest_until = 0.0
         self._at_most = min(AT_LEAST_REQUESTS, options.max_connections), AT_LEAST_NBYTES
+        self._engine: Engine | None = None
 
     async def request(self, request: Request) -> Response:
         """Send a request and return the response; when cancelled, nothing moves on its account any more.
@@ -86,6 +89,20 @@ class Pool:
             self._abort(request)
             raise
 
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Send requests whose responses go to their `receiver`s; `abandon` takes one back."""
+        if self._closed:
+            for request in requests:
+                request.answer(HTTPError("the pool is closed", retryable=False))
+            return
+        self._waiting.extend(requests)
+        self._pump()
+
+    def abandon(self, request: Request) -> None:
+        """Forget a request: nothing moves on its account any more, and its receiver hears nothing of it."""
+        request.receiver = None
+        self._abort(request)
+
     async def aclose(self) -> None:
         """Close every connection; requests under way fail."""
         self._closed = True
@@ -97,14 +114,15 @@ class Pool:
         for connection in [*self._idle, *self._busy]:
             request = connection.request
             connection.close()
-            if request is not None and request.future is not None and not request.future.done():
-                request.future.set_exception(HTTPError("the pool is closed", retryable=False))
+            if request is not None:
+                request.answer(HTTPError("the pool is closed", retryable=False))
         while self._waiting:
-            request = self._waiting.popleft()
-            if request.future is not None and not request.future.done():
-                request.future.set_exception(HTTPError("the pool is closed", retryable=False))
+            self._waiting.popleft().answer(HTTPError("the pool is closed", retryable=False))
         self._idle.clear()
         self._busy.clear()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     # The loop's time.
 
@@ -115,6 +133,10 @@ class Pool:
     def may_go_on(self, started: float) -> bool:
         """Tell whether there is time left for more of the work that began at `started`."""
         return self._spent + time.perf_counter() - started < BUDGET_SECONDS
+
+    def seconds_left(self) -> float:
+        """Return how much of its time this iteration of the loop has left."""
+        return max(0.0, BUDGET_SECONDS - self._spent)
 
     async def turn(self) -> float:
         """Wait for an iteration of the loop that has time left, behind those that wait already; return the time."""
@@ -146,13 +168,18 @@ class Pool:
 
     # What connections report.
 
-    def finished(self, connection: Connection, request: Request) -> None:
-        """A request is over; give the connection the next one."""
+    def finished(self, connection: Connection, request: Request, *, pump: bool = True) -> None:
+        """A request is over; give the connection the next one, unless `pump` is False: then `pump` is called soon."""
         self._busy.discard(connection)
         self._nbytes -= request.nbytes
         if not connection.closed and not self._closed:
             connection.active_at = self.loop.time()
             self._idle.append(connection)
+        if pump:
+            self._pump()
+
+    def pump(self) -> None:
+        """Give idle connections to those that wait."""
         self._pump()
 
     def answered(self, seconds: float) -> None:
@@ -189,7 +216,7 @@ class Pool:
         at_most, nbytes_at_most = self._at_most
         while self._waiting and self._idle and len(self._busy) < at_most:
             request = self._waiting[0]
-            if request.future is None or request.future.done():
+            if request.over:
                 self._waiting.popleft()
                 continue
             over = self._nbytes + request.nbytes
@@ -232,14 +259,16 @@ class Pool:
             return
         self._connecting.discard(asyncio.current_task())
         self.opened += 1
-        self._idle.append(Connection(self, sock))
+        if options.context is None and self._engine is None:
+            self._engine = Engine.open(self)
+        self._idle.append(Connection(self, sock, self._engine))
         self._pump()
 
     def _fail_one(self, error: HTTPError) -> None:
         while self._waiting:
             request = self._waiting.popleft()
-            if request.future is not None and not request.future.done():
-                request.future.set_exception(error)
+            if not request.over:
+                request.answer(error)
                 break
         self._pump()
 
@@ -258,7 +287,7 @@ class Pool:
     def _tick(self) -> None:
         self._timer = None
         now, options = self.loop.time(), self.options
-        for connection in [one for one in self._busy if now - one.active_at > options.read_timeout]:
+        for connection in [one for one in self._busy if one.silence(now) > options.read_timeout]:
             connection.expire(options.read_timeout)
         for connection in [one for one in self._idle if now - one.active_at > options.idle_timeout]:
             connection.close()

@@ -1,11 +1,24 @@
 /* CRC-64/NVME (NVM Express NVM Command Set Specification 1.0, 5.2.1.3.4): polynomial 0xAD93D23594C93659, bits reflected, begun with
    and inverted by ones. With carry-less multiplication where the processor has it, else by tables, eight bytes at a time. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 
 #include "checksum.h"
 
+#ifndef RWF_NOWAIT
+#define RWF_NOWAIT 8
+#endif
+/* Pieces and the file's pages share the second-level cache. Those that are written are larger: threads take turns at that. */
+#define NX_CRC_GET (256 << 10)
+#define NX_CRC_PUT (1 << 20)
+#define NX_CRC_IOV 64
 #define NX_CRC_POLYNOMIAL UINT64_C(0x9a6c9329ac4bc9b5)
 
 static uint64_t nx_crc_table[8][256];
@@ -42,6 +55,7 @@ static uint64_t nx_crc_plain(const unsigned char *data, int64_t n, uint64_t crc)
 
 #define NX_CRC_TARGET __attribute__((target("pclmul,sse2")))
 #define NX_CRC_LANES 8
+#define NX_CRC_AHEAD 2048 /* Processors fetch ahead by themselves up to the end of a page only. */
 
 /* Moves 128 bits of a message forward: the reflected x^(distance + 63) mod P for the half that comes first, x^(distance - 1) for
    the other. Products of reflected numbers are one bit short, hence the odd exponents. */
@@ -64,9 +78,12 @@ NX_CRC_TARGET static uint64_t nx_crc_clmul(const unsigned char *data, int64_t n,
     for (int i = 0; i < NX_CRC_LANES; i++)
         lanes[i] = nx_crc_load(data + 16 * i);
     lanes[0] = _mm_xor_si128(lanes[0], _mm_set_epi64x(0, (int64_t)crc));
-    for (data += sizeof lanes, n -= sizeof lanes; n >= (int64_t)sizeof lanes; data += sizeof lanes, n -= sizeof lanes)
+    for (data += sizeof lanes, n -= sizeof lanes; n >= (int64_t)sizeof lanes; data += sizeof lanes, n -= sizeof lanes) {
+        _mm_prefetch((const char *)data + NX_CRC_AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)data + NX_CRC_AHEAD + 64, _MM_HINT_T0);
         for (int i = 0; i < NX_CRC_LANES; i++)
             lanes[i] = nx_crc_fold(lanes[i], by1024, nx_crc_load(data + 16 * i));
+    }
     for (int i = 1; i < NX_CRC_LANES; i++)
         lanes[0] = nx_crc_fold(lanes[0], by128, lanes[i]);
     for (; n >= 16; data += 16, n -= 16)
@@ -100,4 +117,67 @@ void nx_crc64nvme(const int64_t *addresses, const int64_t *lengths, int64_t n_bl
 
 void nx_crc64nvme_plain(const int64_t *addresses, const int64_t *lengths, int64_t n_blocks, int64_t n_ranges, uint64_t *values) {
     nx_crc_blocks(addresses, lengths, n_blocks, n_ranges, values, nx_crc_plain);
+}
+
+struct nx_turn {
+    pthread_mutex_t mutex;
+};
+
+nx_turn *nx_turn_new(void) {
+    nx_turn *turn = malloc(sizeof *turn);
+    if (turn)
+        pthread_mutex_init(&turn->mutex, NULL);
+    return turn;
+}
+
+void nx_turn_free(nx_turn *turn) {
+    pthread_mutex_destroy(&turn->mutex);
+    free(turn);
+}
+
+/* Returns how many bytes were moved by one call. */
+static int64_t nx_crc_move(nx_turn *turn, int fd, struct iovec *iov, int niov, int64_t offset) {
+    ssize_t moved;
+    if (!turn)
+        return preadv2(fd, iov, niov, offset, RWF_NOWAIT);
+    pthread_mutex_lock(&turn->mutex);
+    do
+        moved = pwritev(fd, iov, niov, offset);
+    while (moved < 0 && errno == EINTR);
+    pthread_mutex_unlock(&turn->mutex);
+    return moved;
+}
+
+void nx_crc64nvme_move(nx_turn *turn, const int32_t *fds, const int64_t *offsets, const int64_t *addresses, const int64_t *lengths,
+                       int64_t n_blocks, int64_t n_ranges, uint64_t *values, uint8_t *done, int64_t *next, const int32_t *stop) {
+    struct iovec iov[NX_CRC_IOV];
+    int64_t nbytes = 0;
+    if (n_blocks < 1 || n_ranges > NX_CRC_IOV)
+        return;
+    for (int64_t j = 0; j < n_ranges; j++)
+        nbytes += lengths[j]; /* All blocks have as many. */
+    int64_t step = (turn ? NX_CRC_PUT : NX_CRC_GET) / nbytes;
+    if (step > NX_CRC_IOV / n_ranges)
+        step = NX_CRC_IOV / n_ranges;
+    if (step < 1)
+        step = 1;
+    while (!__atomic_load_n(stop, __ATOMIC_RELAXED)) {
+        int64_t first = __atomic_fetch_add(next, step, __ATOMIC_RELAXED);
+        int64_t last = first + step < n_blocks ? first + step : n_blocks;
+        if (first >= last)
+            return;
+        if (turn)
+            nx_crc64nvme(addresses + first * n_ranges, lengths + first * n_ranges, last - first, n_ranges, values + first);
+        for (int64_t i = first, end; i < last; i = end) {
+            for (end = i + 1; end < last && fds[end] == fds[i] && offsets[end] == offsets[i] + (end - i) * nbytes;)
+                end++;
+            int niov = 0;
+            for (int64_t j = i * n_ranges; j < end * n_ranges; j++)
+                iov[niov++] = (struct iovec){(void *)(uintptr_t)addresses[j], (size_t)lengths[j]};
+            int64_t moved = nx_crc_move(turn, fds[i], iov, niov, offsets[i]), whole = moved < 0 ? 0 : moved / nbytes;
+            if (!turn)
+                nx_crc64nvme(addresses + i * n_ranges, lengths + i * n_ranges, whole, n_ranges, values + i);
+            memset(done + i, 1, (size_t)whole);
+        }
+    }
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -494,3 +496,57 @@ def test_names_of_blocks_are_of_one_length() -> None:
     }
     assert len(names) == 2 * 506
     assert {len(name) for name in names} == {36}
+
+
+@asynccontextmanager
+async def tunnels(asked: list[str]) -> AsyncIterator[str]:
+    """Run a proxy that knows CONNECT and nothing else; yield its URL."""
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        asked.append(head.partition("\r\n")[0])
+        host, _, port = head.split(" ")[1].rpartition(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+        for one in (writer, far_writer):
+            with contextlib.suppress(OSError):
+                await one.wait_closed()
+
+    tasks: set[asyncio.Task[None]] = set()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(serve(reader, writer)))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
+
+
+async def test_https_goes_through_a_tunnel(
+    agent: Agent, secure_server: Server, certificate: tuple[Path, Path], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    async with tunnels(asked) as proxy:
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, proxy)
+        text, verify = secure_server.connection_string, str(certificate[0])
+        await round_trip(agent, url, connection_string=text, verify=verify)
+        assert set(asked) == {f"CONNECT 127.0.0.1:{secure_server.port} HTTP/1.1"}
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        n_asked = len(asked)
+        await round_trip(agent, f"{url}more/", connection_string=text, verify=verify, read_timeout=59.0)
+        assert len(asked) == n_asked
+        await agent.aclose()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from nixl_async import BackendError, ConflictError, IntegrityError, NotFoundError, OutOfSpace
 from nixl_async.backends import s3_data
+from nixl_async.backends.s3_batch import GetHeads
 from nixl_async.backends.s3_data import (
     EMPTY_SHA256,
     UNSIGNED,
@@ -84,6 +85,25 @@ def test_signatures_are_botocores(key: str, query: str, token: str, method: str,
         assert ours == botos(method, url, given_headers, credentials, region, payload)
     assert first == f"{method} {url.removeprefix('http://example.com')} HTTP/1.1"
     assert sent.get("x-amz-security-token", "") == token
+
+
+@given(
+    key=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30),
+    first=st.integers(0, 1 << 50),
+    nbytes=st.integers(1, 1 << 40),
+    credentials=st.sampled_from([None, Credentials("AKID", "secret/+"), Credentials("AKID", "s", "token/+=")]),
+    more=st.sampled_from([(), (("x-amz-request-payer", "requester"), ("x-amz-server-side-encryption-customer-key", "k="))]),
+)
+def test_heads_that_are_made_by_the_batch_are_the_same(
+    key: str, first: int, nbytes: int, credentials: Credentials | None, more: tuple[tuple[str, str], ...]
+) -> None:
+    _, endpoint = data_for()
+    data = BucketData("bench", endpoint, DataOptions(of_get=more), None, None)  # type: ignore[arg-type]
+    span = ("range", f"bytes={first}-{first + nbytes - 1}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3_data.time, "time", lambda: SECONDS)
+        heads = GetHeads(data, endpoint, credentials)
+        assert heads.make(key, first, nbytes) == data.head(endpoint, credentials, "GET", key, "", [*more, span])
 
 
 def test_the_days_key_is_not_another_days_or_anothers() -> None:
