@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any
 
 import numpy as np
 
@@ -22,8 +21,8 @@ from nixl_async.storage import FileRegion
 
 AT_ONCE_SEGMENTS = 16
 """Reads of up to this many segments out of the page cache are made on the loop."""
-PIECE_NBYTES = 4 << 20
-"""What a thread takes at a time of a read through the page cache."""
+LANE_NBYTES = 512 << 10
+"""What is worth one more lane: it copies for longer than it takes to wake it."""
 
 
 class PosixBackend(StorageBackend):
@@ -84,7 +83,7 @@ class PosixBackend(StorageBackend):
     async def copy(self, op: Op) -> None:
         """Read or write every segment.
 
-        Direct I/O keeps the device busy from one thread. Copies out of the page cache are made by all threads; copies into it by
+        Direct I/O keeps the device busy from one lane. Copies out of the page cache are made by all lanes; copies into it by
         one for each file, because the kernel lets in no more (they would spin for its lock).
         """
         engine = self._engine
@@ -92,22 +91,16 @@ class PosixBackend(StorageBackend):
             raise BackendError("the posix backend is closed", backend=self.name)
         plan = op.plan
         put = plan.dst.kind is MemoryKind.FILE
-        regions = [region for region in (plan.dst if put else plan.src).regions if isinstance(region, FileRegion)]
-        if all(region.direct_fd >= 0 for region in regions) or (put and len(regions) == 1):
-            pieces = [plan]
+        files, memory = (plan.dst, plan.src) if put else (plan.src, plan.dst)
+        regions = [region for region in files.regions if isinstance(region, FileRegion)]
+        if (put and len(regions) == 1) or all(region.direct_fd >= 0 for region in regions):
+            ways = 1
         else:
-            pieces = list(plan.split(PIECE_NBYTES, 1 << 62))
-        left = iter(pieces)
-
-        def work(stop: Any) -> None:
-            for piece in left:
-                files, memory = (piece.dst, piece.src) if put else (piece.src, piece.dst)
-                try:
-                    engine.run(put, _segments(files, memory, piece), stop)
-                except FileError as error:
-                    raise self._explain(error, piece, files, put) from error
-
-        await engine.spread(work, min(len(pieces), self._n_threads))
+            ways = min(self._n_threads, max(1, plan.nbytes // LANE_NBYTES))
+        try:
+            await engine.move(put, _segments(files, memory, regions, plan), ways)
+        except FileError as error:
+            raise self._explain(error, plan, files, put) from error
 
     def _explain(self, error: FileError, plan: Plan, files: Side, put: bool) -> Exception:
         at = error.segment
@@ -118,8 +111,7 @@ class PosixBackend(StorageBackend):
         return os_error(error, f"{'writing' if put else 'reading'} {where}")
 
 
-def _segments(files: Side, memory: Side, plan: Plan) -> FileSegments:
-    regions = [region for region in files.regions if isinstance(region, FileRegion)]
+def _segments(files: Side, memory: Side, regions: list[FileRegion], plan: Plan) -> FileSegments:
     aligned = strictest(region.direct_fd for region in regions)
     fds = np.array([region.fd for region in regions], np.int32)
     direct = np.array([region.direct_fd for region in regions], np.int32)

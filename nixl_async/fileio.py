@@ -1,14 +1,17 @@
 """Moves bytes between files and memory: the native file engine, and the threads it runs on. The file backends share it.
 
-Each thread has an io_uring of its own, so that requests need no lock, and one thread keeps 64 requests in flight. The loop does not
-submit them itself: a request that the page cache answers is copied while it is submitted, which would hold the loop for as long.
-Where io_uring is forbidden (Docker's default seccomp profile), the threads read and write themselves.
+Lanes are native threads that never take Python's lock; whole lists of segments go to them (`FileEngine.move`), and an eventfd wakes
+the loop when they are moved. Work that has Python in it runs on ordinary threads (`submit`, `run`). Each thread has an io_uring of
+its own, so that requests need no lock, and one thread keeps 64 requests in flight. The loop does not submit them itself: a request
+that the page cache answers is copied while it is submitted, which would hold the loop for as long. Where io_uring is forbidden
+(Docker's default seccomp profile), the threads read and write themselves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DEPTH = 64
+_ENDED_AT_ONCE = 64
 ENGINES = ("auto", "io_uring", "threads")
 
 
@@ -52,8 +56,19 @@ class FileError(OSError):
     segment: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Moving:
+    """What lanes work on. They use the arrays of `segments`, which stay alive until it has ended."""
+
+    ended: asyncio.Future[None]
+    segments: FileSegments
+
+
 class FileEngine:
-    """Reads and writes segments on `n_threads` threads named after `name`; `engine` is one of `ENGINES`."""
+    """Reads and writes segments on `n_threads` lanes, and as many threads named after `name`; `engine` is one of `ENGINES`.
+
+    Both start when they are first needed. `close` is called on the loop that `move` was awaited on, or after that loop is closed.
+    """
 
     def __init__(self, name: str, n_threads: int, engine: str = "auto") -> None:
         if engine not in ENGINES:
@@ -71,10 +86,25 @@ class FileEngine:
                     raise ConfigurationError(f"engine='io_uring', but the kernel refuses it: {os.strerror(error)}")
             else:
                 lib.nx_ring_close(ring)
+        self._n_threads = n_threads
         self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(n_threads, thread_name_prefix=name)
+        self._lanes: Any = ffi.NULL
+        self._event_fd = -1
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._moving: dict[int, _Moving] = {}
+        self._job_ids = itertools.count(1)
+        # What has ended, as C fills it in: ids, errors, the segments that met them.
+        self._ended = ffi.new(f"int64_t[{3 * _ENDED_AT_ONCE}]")
 
     def close(self) -> None:
         """End the threads; nothing may be in flight."""
+        if self._lanes != ffi.NULL:
+            lib.nx_lanes_close(self._lanes)
+            self._lanes = ffi.NULL
+        if self._event_fd >= 0:
+            self._detach()
+            os.close(self._event_fd)
+            self._event_fd = -1
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
@@ -92,26 +122,64 @@ class FileEngine:
         stop = ffi.new("int32_t *")
         return await quiesce(self._start(work, stop), lambda: _set(stop))
 
-    async def spread(self, work: Callable[[Any], None], n: int) -> None:
-        """Run `work(stop)` on `n` threads at once and wait for all to end; `stop[0]` becomes 1 when cancelled, or one raises.
+    async def move(self, put: bool, segments: FileSegments, ways: int = 1) -> None:
+        """Move segments on up to `ways` lanes at once; when cancelled, wait until nothing moves any more.
 
-        The error of the one that raised first is raised.
+        Raises:
+            FileError: the operating system's error; ENODATA means that a file is shorter than was asked for.
+            BackendError: the engine is closed, or there is no memory for threads.
         """
-        if n == 1:
-            return await self.submit(work)
-        stop = ffi.new("int32_t *")
-        failed: list[BaseException] = []
+        if self._threads is None:
+            raise BackendError("the file engine is closed", backend="posix")
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._attach(loop)
+        lanes, job = self._lanes, next(self._job_ids)
+        moving = _Moving(loop.create_future(), segments)
+        error = lib.nx_lanes_submit(
+            lanes,
+            job,
+            ways,
+            put,
+            *_pointers(segments),
+            len(segments.lengths),
+            int(segments.lengths.sum()),
+            *segments.alignment,
+        )
+        if error:
+            raise _file_error(error, 0)
+        self._moving[job] = moving
+        await quiesce(moving.ended, lambda: lib.nx_lanes_cancel(lanes, job))
 
-        def one(stop: Any) -> None:
-            try:
-                work(stop)
-            except BaseException as error:
-                failed.append(error)
-                _set(stop)
+    def _attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._event_fd < 0:
+            self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        if self._lanes == ffi.NULL:
+            self._lanes = lib.nx_lanes_open(self._n_threads, not self.why_threads, DEPTH, self._event_fd)
+            if self._lanes == ffi.NULL:
+                raise BackendError("the operating system starts no thread for the file engine", backend="posix")
+        self._detach()
+        loop.add_reader(self._event_fd, self._take_ended)
+        self._loop = loop
 
-        await quiesce(asyncio.gather(*(self._start(one, stop) for _ in range(n))), lambda: _set(stop))
-        if failed:
-            raise failed[0]
+    def _detach(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._event_fd)
+        self._loop = None
+
+    def _take_ended(self) -> None:
+        ids, errors, failed = (self._ended + i * _ENDED_AT_ONCE for i in range(3))
+        n = _ENDED_AT_ONCE
+        while n == _ENDED_AT_ONCE:
+            n = lib.nx_lanes_done(self._lanes, ids, errors, failed, _ENDED_AT_ONCE)
+            for i in range(n):
+                ended = self._moving.pop(ids[i]).ended
+                if ended.done():
+                    continue
+                if errors[i]:
+                    ended.set_exception(_file_error(errors[i], failed[i]))
+                else:
+                    ended.set_result(None)
 
     def _start(self, work: Callable[[Any], T], stop: Any) -> asyncio.Future[T]:
         if self._threads is None:
@@ -127,27 +195,9 @@ class FileEngine:
         """
         failed = ffi.new("int64_t *")
         memory, offset = segments.alignment
-        error = lib.nx_file_run(
-            self._ring(),
-            put,
-            ffi.from_buffer("int32_t[]", segments.fds),
-            ffi.from_buffer("int32_t[]", segments.direct_fds),
-            int64(segments.offsets),
-            int64(segments.addresses),
-            int64(segments.lengths),
-            len(segments.lengths),
-            memory,
-            offset,
-            stop,
-            failed,
-        )
-        if error == 0:
-            return
-        if -error == errno.ECANCELED:
-            raise InterruptedError(errno.ECANCELED, "stopped")
-        raised = FileError(-error, os.strerror(-error))
-        raised.segment = failed[0]
-        raise raised
+        error = lib.nx_file_run(self._ring(), put, *_pointers(segments), len(segments.lengths), memory, offset, stop, failed)
+        if error:
+            raise _file_error(error, failed[0])
 
     def _ring(self) -> Any:
         ring = getattr(self._local, "ring", None)
@@ -169,6 +219,24 @@ def _open_ring() -> tuple[Any, int]:
 
 def _set(stop: Any) -> None:
     stop[0] = 1
+
+
+def _pointers(segments: FileSegments) -> tuple[Any, Any, Any, Any, Any]:
+    return (
+        ffi.from_buffer("int32_t[]", segments.fds),
+        ffi.from_buffer("int32_t[]", segments.direct_fds),
+        int64(segments.offsets),
+        int64(segments.addresses),
+        int64(segments.lengths),
+    )
+
+
+def _file_error(error: int, segment: int) -> OSError:
+    if -error == errno.ECANCELED:
+        return InterruptedError(errno.ECANCELED, "stopped")
+    made = FileError(-error, os.strerror(-error))
+    made.segment = segment
+    return made
 
 
 def alignment(fd: int) -> tuple[int, int]:

@@ -1,11 +1,18 @@
-"""Opens files for transfers, syncs them, and gives them their name when they are whole. Blocking work is done on threads."""
+"""Opens files for transfers, syncs them, and gives them their name when they are whole. Blocking work is done on threads.
+
+A file that is to be published has no name before that where its file system can do it (O_TMPFILE), so that a process that is killed
+leaves nothing. Elsewhere, and for the moment in which it replaces another file, it is called `.<name>.<number>.part` in the same
+directory. Whoever writes a part holds its lock (flock) until it has its name or is gone; whoever opens the same path to publish it
+removes the parts that nobody holds. File systems without flock keep them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
+import itertools
 import os
-import secrets
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +30,10 @@ from nixl_async.errors import (
 from nixl_async.storage import FileRegion
 
 MODES = {"r": os.O_RDONLY, "r+": os.O_RDWR, "w": os.O_RDWR | os.O_CREAT | os.O_TRUNC, "x": os.O_RDWR | os.O_CREAT | os.O_EXCL}
+
+
+SWEPT = 16
+"""Parts with numbers below this are looked for; higher ones are only ever made while as many are being written."""
 
 
 def os_error(error: OSError, what: str, *, backend: str = "posix") -> TransferError:
@@ -67,8 +78,11 @@ class FileOptions:
 
 @dataclass(slots=True)
 class _Opened:
+    """An open file. `temporary` is the name that is to be removed; with `unnamed` it has none and is not published yet."""
+
     path: str
     temporary: str | None
+    unnamed: bool
     options: FileOptions
     fd: int
     direct_fd: int
@@ -80,17 +94,28 @@ class _Opened:
         try:
             if durable:
                 os.fdatasync(self.fd)
-            if self.temporary is not None and publish:
-                if self.options.mode == "x":
-                    # A link is refused if the name is taken; a rename would replace what has it.
-                    os.link(self.temporary, self.path)
-                else:
-                    os.replace(self.temporary, self.path)
-                    self.temporary = None
+            if publish and (self.unnamed or self.temporary is not None):
+                self._publish()
             if durable and self.options.mode in ("w", "x"):
                 _sync_directory(os.path.dirname(self.path) or ".")
         finally:
             self.drop()
+
+    def _publish(self) -> None:
+        if self.unnamed:
+            try:
+                return _link(self.fd, self.path)
+            except FileExistsError:
+                if self.options.mode == "x":
+                    raise
+            self.temporary = _link_part(self.fd, self.path)
+        assert self.temporary is not None
+        if self.options.mode == "x":
+            # A link is refused if the name is taken; a rename would replace what has it.
+            os.link(self.temporary, self.path)
+        else:
+            os.replace(self.temporary, self.path)
+            self.temporary = None
 
     def drop(self) -> None:
         """Close, and remove what has a temporary name."""
@@ -117,18 +142,97 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def _open(path: str, options: FileOptions) -> _Opened:
+def _part(path: str, number: int) -> str:
+    directory, base = os.path.split(path)
+    # A name has 255 bytes at most.
+    return os.path.join(directory, f".{os.fsdecode(os.fsencode(base)[:200])}.{number}.part")
+
+
+def _sweep(path: str) -> None:
+    """Remove the parts of a path that nobody writes any more."""
+    for number in range(SWEPT):
+        name = _part(path, number)
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It may have got its name since it was opened here.
+            if os.path.samestat(os.fstat(fd), os.lstat(name)):
+                os.unlink(name)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
+
+def _hold(fd: int) -> bool:
+    """Lock a part against being swept; False if it has been swept already."""
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return os.fstat(fd).st_nlink > 0
+
+
+def _open_unnamed(directory: str) -> int | None:
+    """Open a file that has no name, or return `None` if the file system has no such files."""
+    try:
+        fd = os.open(directory or ".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        # EISDIR, ENOENT: kernels and file systems that do not know the flag see the directory only.
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+            return None
+        raise
+    if not os.path.exists(f"/proc/self/fd/{fd}"):
+        os.close(fd)
+        return None
+    _hold(fd)
+    return fd
+
+
+def _open_part(path: str, flags: int) -> tuple[int, str]:
+    for number in itertools.count():
+        name = _part(path, number)
+        with suppress(FileExistsError):
+            fd = os.open(name, flags | os.O_EXCL, 0o666)
+            if _hold(fd):
+                return fd, name
+            os.close(fd)
+    raise AssertionError
+
+
+def _link(fd: int, path: str) -> None:
+    # With src_dir_fd, which an absolute path leaves unused, Python calls linkat, which follows /proc's link; link(2) does not.
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+
+def _link_part(fd: int, path: str) -> str:
+    for number in itertools.count():
+        name = _part(path, number)
+        with suppress(FileExistsError):
+            _link(fd, name)
+            return name
+    raise AssertionError
+
+
+def _open_name(path: str, options: FileOptions) -> tuple[int, str | None, bool]:
+    """Open a file; return its descriptor, the name that is to be removed in the end, and whether it has none yet."""
     flags = MODES[options.mode] | os.O_CLOEXEC
-    temporary = None
-    name = path
-    if options.publish:
-        directory, base = os.path.split(path)
-        name = temporary = os.path.join(directory, f".{base[:200]}.{secrets.token_hex(6)}.part")
-        flags |= os.O_EXCL
-        if options.mode == "x" and os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-    # Without O_NONBLOCK, opening a pipe waits for somebody at its other end.
-    fd = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    if not options.publish:
+        # Without O_NONBLOCK, opening a pipe waits for somebody at its other end.
+        return os.open(path, flags | os.O_NONBLOCK, 0o666), None, False
+    if options.mode == "x" and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    _sweep(path)
+    unnamed = _open_unnamed(os.path.dirname(path))
+    if unnamed is not None:
+        return unnamed, None, True
+    fd, name = _open_part(path, flags)
+    return fd, name, False
+
+
+def _open(path: str, options: FileOptions) -> _Opened:
+    fd, temporary, unnamed = _open_name(path, options)
     direct_fd = -1
     try:
         kind = os.fstat(fd).st_mode
@@ -137,7 +241,8 @@ def _open(path: str, options: FileOptions) -> _Opened:
         os.set_blocking(fd, True)
         if options.direct:
             try:
-                direct_fd = os.open(name, (flags & os.O_ACCMODE) | os.O_CLOEXEC | os.O_DIRECT)
+                name = f"/proc/self/fd/{fd}" if unnamed else temporary or path
+                direct_fd = os.open(name, (MODES[options.mode] & os.O_ACCMODE) | os.O_CLOEXEC | os.O_DIRECT)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -159,11 +264,12 @@ def _open(path: str, options: FileOptions) -> _Opened:
         os.close(fd)
         if direct_fd >= 0:
             os.close(direct_fd)
-        if temporary is not None or options.mode == "x":
+        made = path if options.mode == "x" and not options.publish else temporary
+        if made is not None:
             with suppress(OSError):
-                os.unlink(name)
+                os.unlink(made)
         raise
-    return _Opened(path, temporary, options, fd, direct_fd, nbytes)
+    return _Opened(path, temporary, unnamed, options, fd, direct_fd, nbytes)
 
 
 def _size(fd: int) -> int:

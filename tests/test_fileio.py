@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def engine_of(kind: str, n_threads: int = 1) -> Iterator[FileEngine]:
 
 @pytest.fixture(params=[pytest.param("io_uring", marks=needs_io_uring), "threads"])
 def engine(request: pytest.FixtureRequest) -> Iterator[FileEngine]:
-    with engine_of(request.param) as engine:
+    with engine_of(request.param, 2) as engine:
         yield engine
 
 
@@ -83,6 +83,12 @@ def fresh(path: Path, content: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
 
 
 async def run(engine: FileEngine, put: bool, what: FileSegments) -> None:
+    """As the posix backend does it, on as many lanes as there are."""
+    await engine.move(put, what, ways=8)
+
+
+async def run_on_a_thread(engine: FileEngine, put: bool, what: FileSegments) -> None:
+    """As the directory backend does it, in the middle of Python's work."""
     await engine.submit(lambda stop: engine.run(put, what, stop))
 
 
@@ -108,12 +114,20 @@ def layouts(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
     return draw(st.permutations(rows)) if draw(st.booleans()) else rows
 
 
+@pytest.mark.parametrize("run", [run, run_on_a_thread])
 @pytest.mark.parametrize("where", ["disk", "memory"])
 @pytest.mark.parametrize("direct", [False, True])
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=layouts(), begin=st.sampled_from([0, 16, 512, 1]), put=st.booleans())
 def test_it_moves_what_the_plain_model_says(
-    engine: FileEngine, tmp_path: Path, where: str, direct: bool, rows: list[tuple[int, int, int, int]], begin: int, put: bool
+    engine: FileEngine,
+    tmp_path: Path,
+    run: Callable[[FileEngine, bool, FileSegments], Coroutine[Any, Any, None]],
+    where: str,
+    direct: bool,
+    rows: list[tuple[int, int, int, int]],
+    begin: int,
+    put: bool,
 ) -> None:
     directory = tmp_path if where == "disk" else Path("/dev/shm")
     paths = [directory / f"nixl-async-{os.getpid()}-{i}" for i in range(2)]
@@ -330,20 +344,53 @@ async def test_stopped_at_any_moment_nothing_moves_late(engine: FileEngine, tmp_
         del memory
 
 
-async def test_the_first_error_of_several_threads_stops_the_others() -> None:
-    with engine_of("threads", 3) as engine:
-        numbers = iter(range(3))
+@pytest.mark.parametrize("kind", [pytest.param("io_uring", marks=needs_io_uring), "threads"])
+async def test_the_first_error_of_a_lane_stops_the_others(kind: str, tmp_path: Path) -> None:
+    n, page = 512, 65_536
+    path = tmp_path / "f"
+    fresh(path, pattern(n * page))
+    got = np.full((n + 1) * page, CANARY, np.uint8)
+    with engine_of(kind, 3) as engine, opened(path) as fd:
+        rows = [(fd, i * page, i * page, page) for i in range(n)]
+        # No descriptor; it is the first in the order in which they are moved.
+        rows.insert(1, (-1, 0, n * page, page))
+        with pytest.raises(FileError) as caught:
+            await engine.move(False, segments(got, rows), ways=3)
+        assert (caught.value.errno, caught.value.segment) == (errno.EBADF, 1)
+        await Canary(got).watch()
+        assert (got[page * n // 2 :] == CANARY).any()
 
-        def work(stop: Any) -> None:
-            if next(numbers) == 1:
-                raise ValueError("mine")
-            while not stop[0]:
-                pass
-            raise InterruptedError
 
+async def test_many_at_once_on_few_lanes(engine: FileEngine, tmp_path: Path) -> None:
+    n, page = 200, 10_000
+    path = tmp_path / "f"
+    fresh(path, pattern(n * page))
+    got = np.zeros(n * page, np.uint8)
+    with opened(path) as fd:
+        await asyncio.gather(
+            *(engine.move(False, segments(got, [(fd, i * page, i * page, page)]), ways=1 + i % 3) for i in range(n))
+        )
+    assert_same(got, pattern(n * page))
+
+
+@needs_io_uring
+async def test_what_has_not_begun_is_cancelled_at_once() -> None:
+    reader, writer = os.pipe()
+    got = np.full(200, CANARY, np.uint8)
+    with engine_of("io_uring") as engine, os.fdopen(reader, "rb"), os.fdopen(writer, "wb", 0):
+        os.set_blocking(reader, True)
+        first = asyncio.ensure_future(run(engine, False, segments(got, [(reader, 0, 0, 100)])))
+        second = asyncio.ensure_future(run(engine, False, segments(got, [(reader, 0, 100, 100)])))
+        await asyncio.sleep(0)
+        second.cancel()
         async with asyncio.timeout(PATIENCE_SECONDS):
-            with pytest.raises(ValueError, match="mine"):
-                await engine.spread(work, 3)
+            await asyncio.wait([second])
+        assert second.cancelled()
+        assert not first.done()
+        os.write(writer, bytes(100))
+        await first
+    assert (got[:100] == 0).all()
+    assert (got[100:] == CANARY).all()
 
 
 # What there is, and what is forbidden.
@@ -362,6 +409,8 @@ async def test_a_closed_engine_refuses() -> None:
     engine.close()
     with pytest.raises(BackendError, match="closed"):
         await engine.submit(lambda stop: None)
+    with pytest.raises(BackendError, match="closed"):
+        await engine.move(False, segments(np.zeros(1, np.uint8), []))
 
 
 def test_alignment_is_a_power_of_two_and_a_page_of_the_file_at_least(tmp_path: Path) -> None:
@@ -427,5 +476,5 @@ def test_threads_that_get_no_ring_copy_themselves(monkeypatch: pytest.MonkeyPatc
     got = np.zeros(100_000, np.uint8)
     with engine_of("auto") as engine, opened(path) as fd:
         monkeypatch.setattr("nixl_async.fileio._open_ring", lambda: (ffi.NULL, errno.EMFILE))
-        asyncio.run(run(engine, False, segments(got, [(fd, 0, 0, 100_000)])))
+        asyncio.run(run_on_a_thread(engine, False, segments(got, [(fd, 0, 0, 100_000)])))
     assert_same(got, pattern(100_000))

@@ -18,3 +18,21 @@ int nx_file_run(nx_ring *ring, int put, const int32_t *fds, const int32_t *direc
 
 /* Reads n segments out of the page cache without ever waiting for a device; 1 if all of it was there, else 0. */
 int nx_file_cached(int fd, const int64_t *offsets, const int64_t *addresses, const int64_t *lengths, int64_t n);
+
+typedef struct nx_lanes nx_lanes;
+
+/* Starts n threads (fewer if there are no more) that work on jobs, with a ring for `depth` requests each if `uring`; NULL if none
+   starts. event_fd becomes readable when a job has ended. Close when no job is left. */
+nx_lanes *nx_lanes_open(int n, int uring, unsigned int depth, int event_fd);
+void nx_lanes_close(nx_lanes *lanes);
+
+/* Has up to `ways` threads work on n segments of nbytes bytes in all; the arrays must live until the job has ended. 0 or -ENOMEM. */
+int nx_lanes_submit(nx_lanes *lanes, int64_t id, int ways, int put, const int32_t *fds, const int32_t *direct_fds,
+                    const int64_t *offsets, const int64_t *addresses, const int64_t *lengths, int64_t n, int64_t nbytes,
+                    int64_t memory_align, int64_t offset_align);
+
+/* Makes a job end soon, with -ECANCELED unless it was done before. */
+void nx_lanes_cancel(nx_lanes *lanes, int64_t id);
+
+/* Takes the jobs that have ended, at most max, and what nx_file_run would say of each. Call it until it returns less than max. */
+int nx_lanes_done(nx_lanes *lanes, int64_t *ids, int64_t *errors, int64_t *failed, int max);
