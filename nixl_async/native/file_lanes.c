@@ -8,14 +8,21 @@ typedef struct nx_job {
     int started, running;
 } nx_job;
 
+typedef struct {
+    pthread_t thread;
+    int waiting, narrowed;
+    cpu_set_t cpus; /* Where it may run, while it is narrowed. */
+} nx_lane_place;
+
 struct nx_lanes {
     pthread_mutex_t lock; /* Of everything here but what is set when it is opened. */
     pthread_cond_t wake;
     nx_job *first, **end; /* Jobs that more lanes may begin. */
     nx_job *working;      /* Jobs in the hands of lanes and of nobody else. */
     nx_job *done;
-    int event_fd, uring, idle, closing, n;
+    int event_fd, uring, idle, closing, n, n_places;
     unsigned depth;
+    nx_lane_place *places; /* Of the lanes that run, in the order in which they began. */
     pthread_t threads[];
 };
 
@@ -44,20 +51,43 @@ static void nx_job_done(nx_lanes *lanes, nx_job *job) {
         return;
 }
 
+/* Lanes that are woken together are often put on one CPU, which looks idle for each of them, and there the second waits for the first.
+   So the first keeps those that may come off its own CPU; the kernel moves the ones that stand there. The lock is held. */
+static void nx_keep_off(nx_lanes *lanes, const nx_lane_place *own) {
+    int cpu = sched_getcpu();
+    for (int i = 0; cpu >= 0 && i < lanes->n_places; i++) {
+        nx_lane_place *place = &lanes->places[i];
+        if (place == own || !place->waiting || place->narrowed || pthread_getaffinity_np(place->thread, sizeof place->cpus, &place->cpus))
+            continue;
+        cpu_set_t others = place->cpus;
+        CPU_CLR(cpu, &others);
+        if (CPU_COUNT(&others))
+            place->narrowed = pthread_setaffinity_np(place->thread, sizeof others, &others) == 0;
+    }
+}
+
 static void *nx_lane(void *argument) {
     nx_lanes *lanes = argument;
     int error;
     nx_ring *ring = lanes->uring ? nx_ring_open(lanes->depth, &error) : NULL;
     nx_slot *own = ring ? NULL : nx_new_slot();
     pthread_mutex_lock(&lanes->lock);
+    nx_lane_place *place = &lanes->places[lanes->n_places++];
+    place->thread = pthread_self();
     for (;;) {
         nx_job *job = lanes->first;
         if (!job) {
             if (lanes->closing)
                 break;
             lanes->idle++;
+            place->waiting = 1;
             pthread_cond_wait(&lanes->wake, &lanes->lock);
+            place->waiting = 0;
             lanes->idle--;
+            if (place->narrowed) {
+                pthread_setaffinity_np(place->thread, sizeof place->cpus, &place->cpus);
+                place->narrowed = 0;
+            }
             continue;
         }
         job->running++;
@@ -66,6 +96,8 @@ static void *nx_lane(void *argument) {
             nx_dequeue(lanes, job);
             job->next = lanes->working;
             lanes->working = job;
+        } else {
+            nx_keep_off(lanes, place);
         }
         pthread_mutex_unlock(&lanes->lock);
         if (ring || own)
@@ -112,6 +144,7 @@ void nx_lanes_close(nx_lanes *lanes) {
     nx_free_jobs(lanes->done);
     pthread_cond_destroy(&lanes->wake);
     pthread_mutex_destroy(&lanes->lock);
+    free(lanes->places);
     free(lanes);
 }
 
@@ -119,6 +152,11 @@ nx_lanes *nx_lanes_open(int n, int uring, unsigned int depth, int event_fd) {
     nx_lanes *lanes = calloc(1, sizeof *lanes + (size_t)n * sizeof(pthread_t));
     if (!lanes)
         return NULL;
+    lanes->places = calloc((size_t)n, sizeof *lanes->places);
+    if (!lanes->places) {
+        free(lanes);
+        return NULL;
+    }
     lanes->uring = uring;
     lanes->depth = depth;
     lanes->event_fd = event_fd;

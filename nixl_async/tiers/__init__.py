@@ -6,7 +6,7 @@
         await tiers.get(keys[:n], region.pages(table[:n], 65536))
         await tiers.put(keys[n:], region.pages(table[n:], 65536))
 
-It uses the public interface of `Agent` only.
+It moves bytes by `Agent.transfer`, except between memory and files in the page cache: those are copied and summed up in one go.
 """
 
 from nixl_async.tiers.keys import hash_tokens

@@ -359,10 +359,12 @@ class Cascade:
     def _settle(self, at: int, which: list[int], failures: Sequence[NixlError | None], found: list[Outcome]) -> list[int]:
         """Note what reading from tier `at` came to; return those that are good."""
         tier = self.lower[at]
+        right = Outcome(tier.name, ok=True)
         good = []
         for one, error in zip(which, failures, strict=True):
             if error is None:
-                found[one] = Outcome(tier.name, found[one].error, ok=True)
+                before = found[one].error
+                found[one] = right if before is None else Outcome(tier.name, before, ok=True)
                 good.append(one)
             elif error is not MISSING:
                 found[one] = Outcome(error=error)

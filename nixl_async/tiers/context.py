@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +15,7 @@ import numpy as np
 from nixl_async.backend import quiesce
 from nixl_async.memory import MemoryRegion
 from nixl_async.tiers.blocks import Blocks
-from nixl_async.tiers.checksums import CRC64NVME, NONE, checksum_blocks
+from nixl_async.tiers.checksums import CRC64NVME, NONE, SummedMove, checksum_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,6 +36,7 @@ class Context:
         self.kind = CRC64NVME if checksum else NONE
         self.verify = verify
         self._threads = ThreadPoolExecutor(N_THREADS, thread_name_prefix=f"nixl-tiers-{agent.name}")
+        self._device = ThreadPoolExecutor(1, thread_name_prefix=f"nixl-tiers-device-{agent.name}")
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run blocking work on a thread; wait for its end even when cancelled, since it uses the caller's memory."""
@@ -55,26 +57,72 @@ class Context:
         errors: Sequence[object],
     ) -> NDArray[np.bool_]:
         """Tell which blocks have the checksum they should have; those without one pass, those with an error are not looked at."""
+        good, _ = await self.verified_then(keys, blocks, sums, kinds, errors, lambda: None)
+        return good
+
+    async def verified_then(
+        self,
+        keys: Sequence[bytes],
+        blocks: Blocks,
+        sums: NDArray[np.uint64],
+        kinds: NDArray[np.uint8],
+        errors: Sequence[object],
+        then: Callable[[], T],
+    ) -> tuple[NDArray[np.bool_], T]:
+        """As `verified`, and return what `then()` returned, which ran on the same thread after the checks."""
+        here = np.array([error is None for error in errors], np.bool_)
+
+        def work() -> tuple[NDArray[np.bool_], T]:
+            return self._check(keys, blocks, sums, kinds, here), then()
+
+        return await self.on_thread(work)
+
+    async def summed(self, move: SummedMove, n_threads: int, then: Callable[[], T]) -> T:
+        """Carry out a `SummedMove`, and return what `then()` returned, which ran on the thread that ended last."""
+        loop, lock = asyncio.get_running_loop(), threading.Lock()
+        left = n_threads
+        found: list[T] = []
+
+        def work() -> None:
+            nonlocal left
+            move.run()
+            with lock:
+                left -= 1
+                if left:
+                    return
+            found.append(then())
+
+        await quiesce(asyncio.gather(*(loop.run_in_executor(self._threads, work) for _ in range(n_threads))), move.stop)
+        return found[0]
+
+    def _check(
+        self,
+        keys: Sequence[bytes],
+        blocks: Blocks,
+        sums: NDArray[np.uint64],
+        kinds: NDArray[np.uint8],
+        here: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
         good = np.ones(len(keys), np.bool_)
         if not self.verify:
             return good
-        here = np.array([error is None for error in errors], np.bool_)
-        for kind in np.unique(kinds[here]).tolist():
-            if kind == NONE:
-                continue
-            if kind != CRC64NVME:
-                # Of no version of ours, or damaged: not bytes to hand out.
-                good[(kinds == kind) & here] = False
-                continue
-            which = np.flatnonzero((kinds == kind) & here)
-            mine = blocks if len(which) == len(keys) else blocks.take(which)
-            found = await self.checksums(kind, [keys[at] for at in which.tolist()], mine)
-            good[which] = found == sums[which]
+        # Of no version of ours, or damaged: not bytes to hand out.
+        good[(kinds != NONE) & (kinds != CRC64NVME) & here] = False
+        which = np.flatnonzero((kinds == CRC64NVME) & here)
+        if len(which) == len(keys):
+            good[:] = checksum_blocks(keys, blocks) == sums
+        elif len(which):
+            good[which] = checksum_blocks([keys[at] for at in which.tolist()], blocks.take(which)) == sums[which]
         return good
+
+    async def on_device_thread(self, work: Callable[[], None]) -> None:
+        """Run what waits for a device, on a thread of its own: the others are for what needs a processor."""
+        await quiesce(asyncio.get_running_loop().run_in_executor(self._device, work))
 
     def close(self) -> None:
         """End the threads; nothing may run on them."""
         self._threads.shutdown()
+        self._device.shutdown()
 
 
 async def together(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:

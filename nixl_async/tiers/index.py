@@ -14,7 +14,6 @@ wrong bytes from being served:
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 import time
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nixl_async.errors import BackendError, ConfigurationError, OutOfSpace
+from nixl_async.tiers.owners import Owners
+from nixl_async.tiers.sqlite_errors import sqlite_mapped
 
 VERSION = 1
 FREE, RESERVED, FULL = 0, 1, 2
@@ -83,7 +84,7 @@ class Index:
         """Slots that opening found unusable, or reserved by the dead."""
         self.replaced = ""
         """Where a damaged index was moved to; empty if it was sound."""
-        self._lock_fd = -1
+        self._owners = Owners(self.directory)
         self._write: Any = None
         self._read: Any = None
 
@@ -102,9 +103,9 @@ class Index:
         """
         if sqlite3.sqlite_version_info < SQLITE_NEEDED:
             raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 or later is needed")
-        (self.directory / "owners").mkdir(parents=True, exist_ok=True)
-        with self._opening_lock(), _mapped("opening", str(self.directory)):
-            alone = not list(self._living())
+        self._owners.make()
+        with self._owners.opening(), sqlite_mapped("opening", str(self.directory)):
+            alone = not self._owners.living()
             path = self.directory / "index.sqlite3"
             try:
                 self._open(path, alone)
@@ -131,15 +132,6 @@ class Index:
             except BaseException:
                 self.close([])
                 raise
-
-    @contextmanager
-    def _opening_lock(self) -> Iterator[None]:
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
 
     def _open(self, path: Path, alone: bool) -> None:
         self._write = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -194,8 +186,7 @@ class Index:
         with self._transaction():
             self.recovered += self._bury()
             self.owner = int(self._write.execute("INSERT INTO owners (pid) VALUES (?)", (os.getpid(),)).lastrowid or 0)
-            self._lock_fd = os.open(self._owner_path(self.owner), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._owners.join(self.owner)
 
     def _check_segments(self) -> None:
         """Free the slots whose segment file is not there, or too short for them."""
@@ -218,7 +209,7 @@ class Index:
     def close(self, slots: Sequence[int]) -> None:
         """Give back reserved slots and leave."""
         try:
-            if self._lock_fd >= 0:
+            if self._owners.joined:
                 with suppress(sqlite3.Error):
                     self.release(slots)
                     self._write.execute("DELETE FROM owners WHERE id = ?", (self.owner,))
@@ -226,48 +217,20 @@ class Index:
             for connection in (self._read, self._write):
                 if connection is not None:
                     connection.close()
-            if self._lock_fd >= 0:
-                with suppress(FileNotFoundError):
-                    os.unlink(self._owner_path(self.owner))
-                os.close(self._lock_fd)
-                self._lock_fd = -1
-
-    # Who lives.
-
-    def _owner_path(self, owner: int) -> Path:
-        return self.directory / "owners" / str(owner)
-
-    def _living(self) -> Iterator[int]:
-        for name in os.listdir(self.directory / "owners"):
-            if name.isdecimal() and not self._is_dead(int(name)):
-                yield int(name)
-
-    def _is_dead(self, owner: int) -> bool:
-        try:
-            fd = os.open(self._owner_path(owner), os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True
+            self._owners.leave()
 
     def _bury(self) -> int:
         """Free what the dead had reserved, within a transaction; return how many slots those are."""
         freed = 0
         for (owner,) in self._write.execute("SELECT id FROM owners").fetchall():
-            if owner == self.owner or not self._is_dead(owner):
+            if owner == self.owner or not self._owners.is_dead(owner):
                 continue
             freed += self._write.execute(
                 f"UPDATE slots SET state = {FREE}, owner = NULL, used = ? WHERE owner = ? AND state = {RESERVED}",
                 (time.time() + QUARANTINE_SECONDS, owner),
             ).rowcount
             self._write.execute("DELETE FROM owners WHERE id = ?", (owner,))
-            with suppress(FileNotFoundError):
-                os.unlink(self._owner_path(owner))
+            self._owners.forget(owner)
         return freed
 
     # Transactions.
@@ -318,7 +281,7 @@ class Index:
         Raises:
             OutOfSpace: not one slot can be had.
         """
-        with _mapped("reserving slots", str(self.directory)), self._transaction(durable):
+        with sqlite_mapped("reserving slots", str(self.directory)), self._transaction(durable):
             got = self._reserve_free(n)
             if len(got) < n:
                 got += self._reserve_fresh(n - len(got))
@@ -371,7 +334,7 @@ class Index:
         Raises:
             BackendError: the slots are no longer this process's, or SQLite failed; then none of the blocks is known.
         """
-        with _mapped("storing blocks", str(self.directory)):
+        with sqlite_mapped("storing blocks", str(self.directory)):
             with self._transaction(durable):
                 change = self._next_change()
                 done = self._update(
@@ -400,7 +363,7 @@ class Index:
 
     def drop(self, blocks: Sequence[tuple[int, int]]) -> int:
         """Forget blocks, (slot, generation), that are still these; return the change."""
-        with _mapped("dropping blocks", str(self.directory)), self._transaction():
+        with sqlite_mapped("dropping blocks", str(self.directory)), self._transaction():
             change = self._next_change()
             self._write.executemany(
                 f"UPDATE slots SET state = {FREE}, key = NULL, generation = generation + 1, used = 0, change = ?"
@@ -411,7 +374,7 @@ class Index:
 
     def touch(self, blocks: Sequence[tuple[int, int, float]]) -> int:
         """Note when blocks, (slot, generation, time), were last used; return the change."""
-        with _mapped("touching blocks", str(self.directory)), self._transaction():
+        with sqlite_mapped("touching blocks", str(self.directory)), self._transaction():
             change = self._next_change()
             self._write.executemany(
                 f"UPDATE slots SET used = ?, change = ? WHERE slot = ? AND generation = ? AND state = {FULL}",
@@ -421,7 +384,7 @@ class Index:
 
     def changes(self, since: int) -> list[Row]:
         """Return the slots that changed after `since`, in order. On the reading connection: it waits for no writer."""
-        with _mapped("reading the index", str(self.directory)):
+        with sqlite_mapped("reading the index", str(self.directory)):
             (latest,) = self._read.execute("SELECT value FROM meta WHERE name = 'change'").fetchone()
             if latest == since:
                 return []
@@ -431,16 +394,3 @@ class Index:
     def latest(self) -> int:
         """Return the number of the latest change."""
         return int(self._read.execute("SELECT value FROM meta WHERE name = 'change'").fetchone()[0])
-
-
-@contextmanager
-def _mapped(what: str, where: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-        busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-        kind = OutOfSpace if full else BackendError
-        raise kind(f"{what} in {where}: {error}", backend="tiers", retryable=busy) from error
-    except OSError as error:
-        raise BackendError(f"{what} in {where}: {error.strerror or error}", backend="tiers") from error

@@ -50,6 +50,14 @@ class SlotTable:
                 continue
             self._fill(row.slot, row.generation, row.key, row.checksum & 0xFFFFFFFFFFFFFFFF, row.kind, row.stored, row.used)
 
+    def find(self, keys: Sequence[bytes], ttl: float | None) -> Array:
+        """Return the slot of each key, -1 where there is none or its block has outlived `ttl` seconds."""
+        get = self.slot_of.get
+        slots = np.array([get(key, -1) for key in keys], np.int64)
+        if ttl is not None:
+            slots[self.stored[slots] + ttl < time.time()] = -1
+        return slots
+
     def store(self, blocks: Sequence[Stored], generations: Sequence[int]) -> None:
         """Take in blocks that this process has stored."""
         slots = np.array([block.slot for block in blocks], np.int64)

@@ -343,9 +343,25 @@ class Tiers:
         work: Callable[[list[bytes], Blocks], Awaitable[list[Outcome]]],
         durable: bool = False,
     ) -> list[Outcome]:
+        if not keys:
+            return []
+        # Checksums are taken of the memory when no transfer holds it.
+        blocks.region.hold()
+        try:
+            return await self._in_held_chunks(keys, blocks, work, durable)
+        finally:
+            blocks.region.release()
+
+    async def _in_held_chunks(
+        self,
+        keys: list[bytes],
+        blocks: Blocks,
+        work: Callable[[list[bytes], Blocks], Awaitable[list[Outcome]]],
+        durable: bool,
+    ) -> list[Outcome]:
         step = self._chunk if blocks.readable else min(self._chunk, self._batch)
         if len(keys) <= step:
-            return await work(keys, blocks) if keys else []
+            return await work(keys, blocks)
         found = [MISS] * len(keys)
         starts: Iterator[int] = iter(range(0, len(keys), step))
 

@@ -20,6 +20,7 @@ from nixl_async.tiers import files as module
 from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.context import Context
 from nixl_async.tiers.files import FileTier
+from nixl_async.tiers.segments import Segments
 from nixl_async.tiers.tier import MISSING
 from tests.tiers.conftest import BLOCK, Bench, N
 
@@ -80,19 +81,58 @@ async def test_a_slot_taken_from_a_reader_is_a_miss(bench: Bench, open_tier: Ope
     reader, writer = await open_tier(4, verify=False), await open_tier(4)
     await writer.write(bench.keys[:4], _src(bench, range(4)), durable=False)
     await reader.refresh()
-    move = FileTier._move
+    move = Segments.move
 
-    async def overtaken(self: FileTier, slots: Any, blocks: Blocks, *, put: bool) -> Any:
+    async def overtaken(self: Segments, slots: Any, blocks: Blocks, *, put: bool) -> Any:
         # The reader has decided where to read, and then all slots get other blocks.
         if not put:
-            monkeypatch.setattr(FileTier, "_move", move)
+            monkeypatch.setattr(Segments, "move", move)
             assert await writer.write(bench.keys[4:8], _src(bench, range(4, 8)), durable=False) == [None] * 4
         return await move(self, slots, blocks, put=put)
 
-    monkeypatch.setattr(FileTier, "_move", overtaken)
+    monkeypatch.setattr(Segments, "move", overtaken)
     assert await reader.read(bench.keys[:4], _dst(bench, range(4))) == [MISSING] * 4
     assert await reader.read(bench.keys[4:8], _dst(bench, range(4, 8))) == [None] * 4
     assert bench.right(range(4, 8))
+
+
+async def test_a_slot_taken_from_a_reader_of_the_page_cache_is_a_miss(
+    bench: Bench, open_tier: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = await open_tier(4), await open_tier(4)
+    await writer.write(bench.keys[:4], _src(bench, range(4)), durable=False)
+    await reader.refresh()
+    summed = Context.summed
+
+    async def overtaken(self: Context, *arguments: Any) -> Any:
+        monkeypatch.setattr(Context, "summed", summed)
+        assert await writer.write(bench.keys[4:8], _src(bench, range(4, 8)), durable=False) == [None] * 4
+        return await summed(self, *arguments)
+
+    monkeypatch.setattr(Context, "summed", overtaken)
+    assert await reader.read(bench.keys[:4], _dst(bench, range(4))) == [MISSING] * 4
+    assert reader.counters.corrupt == 0
+    assert await reader.read(bench.keys[4:8], _dst(bench, range(4, 8))) == [None] * 4
+    assert bench.right(range(4, 8))
+
+
+async def test_what_the_page_cache_has_not_comes_from_the_device(bench: Bench, open_tier: Open, tmp_path: Path) -> None:
+    tier = await open_tier()
+    assert await tier.write(bench.keys, _src(bench), durable=True) == [None] * N
+    for number in range(0, N // 16, 2):
+        with open(_segment(tmp_path, number), "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert await tier.read(bench.keys, _dst(bench)) == [None] * N
+    assert bench.right()
+
+
+async def test_a_segment_that_cannot_be_opened_fails_its_blocks(bench: Bench, open_tier: Open, tmp_path: Path) -> None:
+    tier = await open_tier()
+    _segment(tmp_path).mkdir(parents=True)
+    failures = await tier.write(bench.keys[:32], _src(bench, range(32)), durable=False)
+    assert [error is None for error in failures] == [False] * 16 + [True] * 16
+    assert await tier.read(bench.keys[16:32], _dst(bench, range(16, 32))) == [None] * 16
+    assert bench.right(range(16, 32))
 
 
 async def test_a_full_tier_evicts_what_was_used_least_recently(bench: Bench, open_tier: Open) -> None:
@@ -171,6 +211,9 @@ async def test_a_cancelled_write_or_read_leaves_memory_and_slots_alone(bench: Be
     if await cancel_at_await(tier.read(bench.keys[: N // 2], _dst(bench, range(N // 2))), at):
         canary = Canary(bench.blank)
         await canary.watch()
+    if tier._committing is not None:
+        # It goes on when its write is cancelled, and in a full tier a second copy of its blocks would drive others out.
+        await asyncio.wait([tier._committing])
     # Whatever was cancelled, every slot is a block's or can be had again.
     assert await tier.write(bench.keys, _src(bench), durable=False) == [None] * N
     assert await tier.read(bench.keys, _dst(bench)) == [None] * N
