@@ -124,7 +124,8 @@ class Batch:
                     else:
                         break
             finally:
-                for request in self._sent:
+                # Those without a connection first: a connection that is given up makes room for whoever waits.
+                for request in sorted(self._sent, key=lambda request: request.connection is not None):
                     assert isinstance(request, _RunRequest)
                     assert request.heads is not None
                     request.heads.endpoint.pool.abandon(request)
