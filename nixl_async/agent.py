@@ -527,7 +527,12 @@ def _both(dst: Places | None) -> Places:
 def _count(places: Places) -> int:
     if isinstance(places, Region):
         return 1
-    return len(places) if isinstance(places, Descriptor) else sum(_count(place) for place in places)
+    if isinstance(places, Descriptor):
+        return len(places)
+    # What is no place at all is refused where the plan is made.
+    return (
+        sum(len(place) if isinstance(place, Descriptor) else 1 for place in places) if isinstance(places, list | tuple) else 0
+    )
 
 
 def _split_address(address: str | tuple[str, int]) -> tuple[str, int]:

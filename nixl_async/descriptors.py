@@ -541,7 +541,15 @@ def _check_bounds(what: str, values: Any, limit: int, allowed: str) -> None:
 
 
 def _as_descriptors(what: str, places: Places) -> list[Descriptor]:
-    listed = [places] if isinstance(places, Region | Descriptor) else list(places)
+    if isinstance(places, Region | Descriptor):
+        listed: Sequence[Region | Descriptor] = [places]
+    elif isinstance(places, Sequence) and not isinstance(places, str | bytes | bytearray | memoryview):
+        listed = places
+    else:
+        raise TypeError(
+            f"{what} must be a region, a descriptor, or a list of them, not {type(places).__name__};"
+            " memory is registered first: region = await agent.register(memory)"
+        )
     for place in listed:
         if isinstance(place, Region) and not place.sized:
             raise DescriptorError(f"{place!r} of {what} has no size; slice it, or say nbytes where it is made")

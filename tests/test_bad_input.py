@@ -187,3 +187,15 @@ async def test_a_closed_agent_refuses_everything() -> None:
     with pytest.raises(ClosedError):
         async with a:
             pass
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(64, np.uint8), bytearray(64), memoryview(bytes(64)), "kv", 64, None])
+async def test_memory_that_is_not_registered_is_no_place(wrong: object) -> None:
+    async with Agent("unregistered", backends=["memory"]) as agent:
+        region = await agent.register(bytearray(64))
+        no_place = r"(dst is missing|must be a region, a descriptor, or a list of them, not \w+; memory is)"
+        for call in (agent.transfer, agent.prepare, agent.submit):
+            with pytest.raises(TypeError, match=no_place):
+                await call(region, wrong)
+        with pytest.raises(TypeError, match="src must be regions or descriptors of regions, not ndarray"):
+            agent.submit([np.zeros(64, np.uint8)], region)
