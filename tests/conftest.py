@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import uvloop
@@ -175,7 +176,17 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run SeaweedFS, the reference for S3's semantics."""
+    """Run SeaweedFS, the reference for S3's semantics; or take the server that NIXL_ASYNC_TEST_S3 names.
+
+    It has an empty bucket "bench". NIXL_ASYNC_TEST_S3 is `http://key:secret@host:port`, NIXL_ASYNC_TEST_S3_REGION its region.
+    """
+    if given := os.environ.get("NIXL_ASYNC_TEST_S3"):
+        parts = urlsplit(given)
+        region = os.environ.get("NIXL_ASYNC_TEST_S3_REGION", "us-east-1")
+        key, secret = unquote(parts.username or ""), unquote(parts.password or "")
+        endpoint = f"{parts.scheme}://{parts.hostname}:{parts.port}"
+        yield Server("given", endpoint, key, secret, "bench", region, 0, Path(os.devnull), None)  # type: ignore[arg-type]
+        return
     with running(lambda: seaweedfs(tmp_path_factory.mktemp("seaweedfs"))) as server:
         yield server
 

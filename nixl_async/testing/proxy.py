@@ -258,6 +258,9 @@ class _Stream:
     async def taken(self) -> None:
         """Wait until the other side's kernel has everything, for a while at most."""
         sock = self.writer.get_extra_info("socket")
+        if sock is None:
+            # uvloop has none of a connection that is closed.
+            return
         with contextlib.suppress(OSError, ValueError):
             for _ in range(int(LINGER_SECONDS * 1000)):
                 unsent = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
@@ -273,7 +276,8 @@ class _Stream:
     def reset(self) -> None:
         sock = self.writer.get_extra_info("socket")
         with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
     async def closed(self) -> None:
