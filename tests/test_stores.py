@@ -149,14 +149,13 @@ async def _opened(opening: Opening[FileRegion]) -> FileRegion:
 
 async def test_files_of_a_quarantined_transfer_stay_open(tmp_path: Path) -> None:
     faulty = FaultyBackend(load_backend("posix"))
+    limits = faulty.limits
+    faulty.limits = type(limits)(max_ops=limits.max_ops, max_op_nbytes=limits.max_op_nbytes, drain_seconds=0.05)
     async with Agent("storage", backends=["memory", "directory", faulty]) as one:
         memory = await one.register(pattern(1 << 20))
         region = FileRegion(
             str(tmp_path / "f"), os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT), -1, 1 << 20, False, _never_called
         )
-        limits = faulty.limits
-        faulty.limits = type(limits)(max_ops=limits.max_ops, max_op_nbytes=limits.max_op_nbytes, drain_seconds=0.05)
-        one._dispatcher._scheduler._limits["posix"] = faulty.limits
         with faulty.hang(stubborn=True) as gate:
             transfer = one.submit(memory, region)
             await gate.reached()
