@@ -95,7 +95,7 @@ async def test_reads_outlast(name: str, large: bool, agent: Agent, backend: GCSB
     ("fault", "kind", "words"),
     [
         (Fault(length_off=100), BackendError, "Client"),
-        (Fault(length_off=-100), BackendError, "malformed|more than"),
+        (Fault(length_off=-100), BackendError, "malformed|more than|ends early"),
         (Fault(stall_after=40_000), BackendError, "Timeout"),
         (Fault(bytes_per_second=20_000), BackendError, "Timeout"),
         (refusal(500), BackendError, "500"),
