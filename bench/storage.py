@@ -192,6 +192,9 @@ def turn_checked(players: Field, single: Single, work: Work, salt: int, do: str 
     if single is players.raw and not players.checkable:
         return worker.call(do)
     with single.turn():
+        if work.op == "read" and "path" not in work.where:
+            # Once for nothing: while it was the others' turn, connections, caches and the server's memory have gone cold.
+            worker.call(do)
         worker.call("blank" if work.op == "read" else "fill", salt=salt)
         result = worker.call(do)
         if work.op == "write":
