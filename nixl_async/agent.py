@@ -529,10 +529,10 @@ def _count(places: Places) -> int:
         return 1
     if isinstance(places, Descriptor):
         return len(places)
-    # What is no place at all is refused where the plan is made.
-    return (
-        sum(len(place) if isinstance(place, Descriptor) else 1 for place in places) if isinstance(places, list | tuple) else 0
-    )
+    if not isinstance(places, list | tuple):
+        # What is no place at all is refused where the plan is made.
+        return 0
+    return sum(len(place) if isinstance(place, Descriptor) else 1 for place in places)
 
 
 def _split_address(address: str | tuple[str, int]) -> tuple[str, int]:

@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
+
+from nixl_async.http import Pool, PoolOptions
 
 HOST = "127.0.0.1"
 Handler: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -140,3 +142,14 @@ def certificate(directory: Path, *names: str) -> tuple[ssl.SSLContext, str]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(public, private)
     return context, str(public)
+
+
+@asynccontextmanager
+async def pool_of(handler: Handler, **options: Any) -> AsyncIterator[Pool]:
+    """Call `handler` for each connection; yield a pool of connections to it."""
+    async with listening(handler) as port:
+        pool = Pool(PoolOptions(HOST, port, **options), asyncio.get_running_loop())
+        try:
+            yield pool
+        finally:
+            await pool.aclose()

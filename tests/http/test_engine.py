@@ -5,29 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from nixl_async.http import HTTPError, Pool, PoolOptions, Request, Response
+from nixl_async.http import HTTPError, Pool, Request, Response
 from nixl_async.testing.patterns import CANARY, pattern
 from tests.loops import every_loop
-from tests.sockets import HOST, Handler, listening
+from tests.sockets import Handler, pool_of
 
 BODY = pattern(3_000_000).tobytes()
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 PATIENCE_SECONDS = 10.0
-
-
-@asynccontextmanager
-async def pool_of(handler: Handler, **options: Any) -> AsyncIterator[Pool]:
-    async with AsyncExitStack() as stack:
-        port = await stack.enter_async_context(listening(handler))
-        pool = Pool(PoolOptions(HOST, port, **options), asyncio.get_running_loop())
-        stack.push_async_callback(pool.aclose)
-        yield pool
 
 
 def head_of(nbytes: int | None, *more: str, status: str = "200 OK", version: str = "HTTP/1.1") -> bytes:

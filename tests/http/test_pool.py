@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from nixl_async.http import HTTPError, Pool, PoolOptions, Request
 from nixl_async.http import pool as module
 from nixl_async.http.pool import BUDGET_SECONDS
 from tests.loops import every_loop
-from tests.sockets import HOST, Handler, listening
+from tests.sockets import HOST, listening, pool_of
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n"
 
@@ -42,15 +41,6 @@ class Echo:
                 await writer.drain()
         finally:
             self.open -= 1
-
-
-@asynccontextmanager
-async def pool_of(handler: Handler, **options: Any) -> AsyncIterator[Pool]:
-    async with AsyncExitStack() as stack:
-        port = await stack.enter_async_context(listening(handler))
-        pool = Pool(PoolOptions(HOST, port, **options), asyncio.get_running_loop())
-        stack.push_async_callback(pool.aclose)
-        yield pool
 
 
 async def get(pool: Pool, number: int, **fields: Any) -> bytes:
