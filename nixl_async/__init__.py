@@ -3,13 +3,14 @@
 Rooms: `errors` (every exception) · `descriptors` (what to move) · `memory` (regions) · `transfer` (its life) · `backend` (the
 contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wire`, `link`, `membership`, `peers`,
 `notifications`, `metadata` (who is there) · `handle`, `agent` (what callers hold) · `testing` (conformance suite) · `cli`, `demo` ·
-`geometry`, `planner` (who sends which slices of a KV cache to whom).
+`geometry`, `planner` (who sends which slices of a KV cache to whom) · `layers` (pushes and pulls, layer by layer).
 """
 
 from nixl_async.agent import Agent, Statistics
 from nixl_async.backend import Backend, Limits, Op, Stat, StorageBackend, Upload, load_backend
 from nixl_async.descriptors import BlockLayout, Descriptor, MemoryKind
 from nixl_async.errors import (
+    Aborted,
     AccessError,
     AuthenticationError,
     BackendError,
@@ -34,6 +35,7 @@ from nixl_async.errors import (
 )
 from nixl_async.geometry import KVGeometry, Sharding
 from nixl_async.handle import Part, PreparedTransfer, Transfer
+from nixl_async.layers import Incoming, LayerPlan, Offer, Pull, Push
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Notification
 from nixl_async.peers import MembershipEvent, Peer
@@ -47,6 +49,7 @@ from nixl_async.transfer import TrafficClass, TransferResult, TransferState
 __version__ = "0.1.0"
 
 __all__ = [
+    "Aborted",
     "AccessError",
     "Agent",
     "AuthenticationError",
@@ -62,10 +65,12 @@ __all__ = [
     "DescriptorError",
     "Explanation",
     "FileRegion",
+    "Incoming",
     "IntegrityError",
     "InternalError",
     "InvalidTransition",
     "KVGeometry",
+    "LayerPlan",
     "Limits",
     "MembershipEvent",
     "MemoryKind",
@@ -76,6 +81,7 @@ __all__ = [
     "NotFoundError",
     "Notification",
     "ObjectRegion",
+    "Offer",
     "Op",
     "OutOfSpace",
     "Pair",
@@ -85,6 +91,8 @@ __all__ = [
     "PeerLost",
     "PreparedTransfer",
     "ProtocolError",
+    "Pull",
+    "Push",
     "Quarantined",
     "RegistrationError",
     "RemoteRegion",

@@ -26,6 +26,7 @@ from nixl_async.errors import (
     TransferError,
 )
 from nixl_async.handle import PreparedTransfer, Transfer
+from nixl_async.layers import Exchanges, LayerCalls
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion, open_buffer
 from nixl_async.notifications import Notification, Subscription
@@ -70,7 +71,7 @@ class Statistics:
     classes: dict[str, ClassCount]
 
 
-class Agent(StorageCalls):
+class Agent(StorageCalls, LayerCalls):
     """Moves data between registered memory here and at its peers.
 
     `name` identifies the agent to its peers and must be unique among them. `backends` are names or instances, the preferred
@@ -150,6 +151,7 @@ class Agent(StorageCalls):
         self._backends.update({backend.name: backend for backend in opened})
         self._membership.backends = opened
         self._dispatcher = Dispatcher(self.name, self._loop, self._backends, self._membership, self._shares)
+        self._exchanges = Exchanges(self._loop, self._membership, self._dispatcher.streams, self)
         self._state = "open"
         return self
 
@@ -192,6 +194,7 @@ class Agent(StorageCalls):
         if self._state != "open":
             return
         self._state = "closing"
+        self._exchanges.close()
         await self._dispatcher.drain()
         await self._membership.aclose()
         for file in list(self._files):
@@ -513,6 +516,7 @@ class Agent(StorageCalls):
     def _peer_gone(self, name: str, error: PeerLost) -> None:
         if self._state in ("open", "closing"):
             self._dispatcher.peer_gone(name, error)
+            self._exchanges.peer_gone(name, error)
 
     async def _peer_quiet(self, name: str) -> None:
         await self._dispatcher.peer_quiet(name)

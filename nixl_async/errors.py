@@ -17,6 +17,7 @@
     │   │   ├── OutOfSpace                  the device or the quota is full
     │   │   └── IntegrityError              bytes arrived that do not match their checksum
     │   ├── ConflictError(FileExistsError)  a conditional write found what it must not find
+    │   ├── Aborted                         the other side of a push or pull of layers gave it up
     │   ├── PartsFailed                     some objects of a transfer failed; `parts` has each one's error
     │   └── Quarantined                     the hardware never became quiet: do not reuse the memory
     └── InternalError                       a fault in this library
@@ -124,6 +125,10 @@ class IntegrityError(BackendError):
 
 class ConflictError(TransferError, FileExistsError):
     """Report a conditional write whose condition does not hold: the object or file exists already."""
+
+
+class Aborted(TransferError):
+    """Report that the other side of a push or pull of layers gave it up, and why."""
 
 
 class PartsFailed(TransferError):

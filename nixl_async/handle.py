@@ -6,6 +6,7 @@ import asyncio
 from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nixl_async.errors import TransferError
@@ -59,7 +60,7 @@ class Transfer:
         self._watchers: list[asyncio.Future[None]] | None = None
         self._errors: dict[int, TransferError] | None = None
         self._after: asyncio.Future[Any] | None = None
-        self._on_end: list[Callable[[], None]] | None = None
+        self._on_end: list[Callable[[], object]] | None = None
         self._reported = 0
         ends = record.plan.part_ends
         self._left: list[int] | None = None
@@ -172,6 +173,15 @@ class Transfer:
             self._on_end = []
         self._on_end.append(release)
 
+    def add_done_callback(self, callback: Callable[[Transfer], object]) -> None:
+        """Call `callback(transfer)` when it is final; soon, if it is already."""
+        if self._done:
+            self._dispatcher.loop.call_soon(callback, self)
+            return
+        if self._on_end is None:
+            self._on_end = []
+        self._on_end.append(partial(callback, self))
+
     async def parts(self) -> AsyncIterator[Part]:
         """Yield each part once as soon as its last byte is in place, or, with objects, as soon as it failed.
 
@@ -256,9 +266,9 @@ class Transfer:
     def _resolve(self) -> None:
         self._done = True
         if self._on_end is not None:
-            for release in self._on_end:
-                release()
-            self._on_end = None
+            ended, self._on_end = self._on_end, None
+            for callback in ended:
+                callback()
         self._tell_watchers()
         if self._waiters is not None:
             waiters, self._waiters = self._waiters, None

@@ -67,6 +67,7 @@ class Inbox:
         self._queues: list[_Queue] = []
         self._backlog: list[_Message] = []
         self._sequence = itertools.count()
+        self._intercepts: list[tuple[bytes, Callable[[Notification], None]]] = []
         self.closed = False
 
     @property
@@ -77,6 +78,11 @@ class Inbox:
 
     def deliver(self, notification: Notification) -> None:
         """Hand a notification to every consumer that wants it, or keep it for the first that will."""
+        for prefix, take in self._intercepts:
+            if notification.payload.startswith(prefix):
+                self._consumed(notification.peer, len(notification.payload) + OVERHEAD_NBYTES)
+                take(notification)
+                return
         message = _Message(next(self._sequence), notification)
         for queue in self._queues:
             if queue.wants(notification):
@@ -85,6 +91,10 @@ class Inbox:
                 queue.wake()
         if message.pending == 0:
             self._backlog.append(message)
+
+    def intercept(self, prefix: bytes, take: Callable[[Notification], None]) -> None:
+        """Give every notification that begins with `prefix` to `take`, and to no consumer; it counts as consumed at once."""
+        self._intercepts.append((prefix, take))
 
     def subscribe(self, peer: str | None, prefix: bytes) -> Subscription:
         """Add a consumer; it takes over what the backlog holds for it."""

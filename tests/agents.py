@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nixl_async import Agent, MemoryRegion, Peer
+from nixl_async import Agent, LayerPlan, MemoryRegion, Peer
 from nixl_async.testing import pattern
 
 TOKEN = "a token that only the tests know"
@@ -151,6 +151,14 @@ async def _obey(agent: Agent, region: MemoryRegion, memory: Any, order: dict[str
             sides = (region, theirs) if order["put"] else (theirs, region)
             result = await agent.transfer(*sides, notify=order.get("notify", "").encode() or None)
             return {"nbytes": result.nbytes, "route": result.route}
+        case "push":
+            n, theirs = order["nbytes"], agent.peer(order["peer"]).region(order["region"])
+            cuts = [slice(at, at + n) for at in range(0, order["count"] * n, n)]
+            push = agent.push(order["peer"], LayerPlan(order["request"], [(region[cut], theirs[cut]) for cut in cuts]))
+            await push.__aenter__()
+            wanted = await push.wanted()
+            push.ready(*order["ready"])
+            return {"wanted": sorted(wanted)}
         case "spin":
             # Longer than the spin: no other thread of this process is given the interpreter meanwhile.
             sys.setswitchinterval(order["seconds"] * 2)

@@ -32,6 +32,10 @@ TESTED_ELSEWHERE = {
     "backends/s3_upload": "tests/backends/test_s3.py",
     "nixl_async/relay.py": "tests/test_staging.py",
     "nixl_async/tiers/__init__.py": "tests/tiers/test_store.py",
+    "nixl_async/layers/__init__.py": "tests/layers/test_push.py",
+    "nixl_async/layers/calls.py": "tests/layers/test_push.py",
+    "nixl_async/layers/mover.py": "tests/layers/test_push.py",
+    "nixl_async/layers/stream.py": "tests/layers/test_push.py",
     "backends/__init__.py": "tests/backends/test_conformance.py",
 }
 
@@ -42,7 +46,7 @@ def _test_of(source: Path) -> str:
         if text.startswith(start):
             return test
     room = "tests/backends" if text.startswith("backends/") else "tests"
-    for name in ("http", "tiers"):
+    for name in ("http", "layers", "tiers"):
         room = f"tests/{name}" if text.startswith(f"nixl_async/{name}/") else room
     return f"{room}/test_{source.stem}.py"
 
