@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench import system
+from bench.gpu.cli import app as gpu
 from bench.process import WorkerError
 from bench.report import Row, show, to_json
 from bench.served import AZURITE, JUICEFS, NGINX
@@ -26,6 +27,7 @@ from bench.suites import (
     files,
     idle,
     latency,
+    layers,
     many,
     planner,
     qos,
@@ -70,6 +72,7 @@ def _paths(suite: Callable[[Settings, Path], Iterator[Row]], *paths: Path) -> tu
 COMMANDS = {
     "throughput": Command("Many pages in random order", ((SAME_HOST.name, throughput.same_host), (TCP.name, throughput.tcp))),
     "slices": Command("A request's head slices, TP 4 to TP 2", _paths(slices.slices, SAME_HOST, TCP)),
+    "layers": Command("A request, layer by layer, while it is computed", _paths(layers.layers, SAME_HOST, TCP)),
     "latency": Command("One small write, call to awaited completion, p50", _paths(latency.page, SAME_HOST, TCP)),
     "notification": Command("Write, notification and answer, p50", _paths(latency.notification, SAME_HOST, TCP)),
     "stall": Command("Event loop while 1 GiB moves, p99.9", _paths(stall.stall, SAME_HOST, TCP)),
@@ -224,6 +227,7 @@ def _command(name: str, help_text: str, commands: dict[str, Command], usual_mib:
 for _name, _command_help in {
     "throughput": "Bytes per second of many pages in random order, same host and TCP.",
     "slices": "30,000 head slices of 1 to 4 KiB, TP 4 to TP 2, beside as many bytes in one piece.",
+    "layers": "80 and 32 layers pushed and pulled while they are computed: what is not hidden.",
     "latency": "One 4 KiB page: call to awaited completion.",
     "notification": "4 KiB write + notification + answering notification.",
     "stall": "Loop stall on both sides while 1 GiB moves.",
@@ -244,3 +248,4 @@ for _name, _command_help in {
     # A call of the tiers' is 256 MiB, and several show more than one.
     _command(_name, _command_help, {_name: COMMANDS[_name]}, usual_mib=512 if _name == "tiers" else 256)
 _command("all", "Every command, one after the other.", COMMANDS)
+app.add_typer(gpu, name="gpu")

@@ -15,7 +15,7 @@ from collections import deque
 from typing import Any, Protocol, cast
 
 from nixl_async.errors import AuthenticationError, ClosedError, ConfigurationError, NixlError, PeerLost, ProtocolError
-from nixl_async.notifications import MAX_NOTIFICATION_NBYTES, OVERHEAD_NBYTES, WINDOW_NBYTES
+from nixl_async.notifications import CREDIT_NBYTES, MAX_NOTIFICATION_NBYTES, OVERHEAD_NBYTES, WINDOW_NBYTES
 from nixl_async.wire import MAX_FRAME_NBYTES, FrameReader, FrameType, Greeting, Handshake, encode_frame
 
 logger = logging.getLogger("nixl_async.link")
@@ -60,7 +60,7 @@ class Link(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._held: deque[tuple[FrameType, bytes]] | None = None
         # Notifications sent and not yet consumed by the peer, in bytes, and who waits for room.
-        self._outstanding = 0
+        self._outstanding = self._consumed = 0
         self._room: deque[asyncio.Future[None]] = deque()
 
     @property
@@ -165,7 +165,7 @@ class Link(asyncio.Protocol):
     def notify_nowait(self, payload: bytes) -> bool:
         """Send a notification if the peer's window has room; return whether it was sent."""
         nbytes = len(payload) + OVERHEAD_NBYTES
-        if self._room or (self._outstanding and self._outstanding + nbytes > WINDOW_NBYTES):
+        if self._room or self._full(nbytes):
             return False
         self._outstanding += nbytes
         self.send(encode_frame(FrameType.NOTIFY, payload))
@@ -184,7 +184,7 @@ class Link(asyncio.Protocol):
             )
         nbytes = len(payload) + OVERHEAD_NBYTES
         first = True
-        while self._outstanding and (self._outstanding + nbytes > WINDOW_NBYTES or (first and self._room)):
+        while self._full(nbytes) or (first and self._room):
             if self.closed:
                 break
             waiter = asyncio.get_running_loop().create_future()
@@ -207,9 +207,16 @@ class Link(asyncio.Protocol):
         self.send(encode_frame(FrameType.NOTIFY, payload))
         self._wake_next()
 
+    def _full(self, nbytes: int) -> bool:
+        # What the peer has consumed and not told of yet is below CREDIT_NBYTES: a payload larger than the window may go then.
+        return self._outstanding >= CREDIT_NBYTES and self._outstanding + nbytes > WINDOW_NBYTES
+
     def consumed(self, nbytes: int) -> None:
-        """Tell the peer that `nbytes` bytes of its notifications were consumed."""
-        self.send(encode_frame(FrameType.CREDIT, _U64.pack(nbytes)))
+        """Take note that `nbytes` bytes of the peer's notifications were consumed; the peer is told of many at once."""
+        self._consumed += nbytes
+        if self._consumed >= CREDIT_NBYTES:
+            self.send(encode_frame(FrameType.CREDIT, _U64.pack(self._consumed)))
+            self._consumed = 0
 
     # Inside.
 

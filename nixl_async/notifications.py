@@ -19,6 +19,8 @@ from nixl_async.errors import ClosedError
 
 WINDOW_NBYTES = 32 << 20
 """What one sender may have sent and not yet seen consumed, in bytes; a larger payload travels alone."""
+CREDIT_NBYTES = WINDOW_NBYTES // 8
+"""How much must have been consumed before the sender is told: a small notification costs no answer."""
 OVERHEAD_NBYTES = 64
 """What an empty notification counts for."""
 MAX_NOTIFICATION_NBYTES = 64 << 20

@@ -69,6 +69,7 @@ def bench(*arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 ROWS = {
     "throughput": 8,
     "slices": 12,
+    "layers": 8,
     "latency": 4,
     "notification": 2,
     "stall": 16,

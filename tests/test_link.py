@@ -13,7 +13,7 @@ import pytest
 from nixl_async import AuthenticationError, PeerLost, ProtocolError
 from nixl_async import link as link_module
 from nixl_async.link import SILENCE_SECONDS, Link
-from nixl_async.notifications import WINDOW_NBYTES
+from nixl_async.notifications import CREDIT_NBYTES, OVERHEAD_NBYTES, WINDOW_NBYTES
 from nixl_async.wire import FrameType, Greeting, encode_frame
 
 
@@ -147,6 +147,33 @@ async def test_credit_lets_waiting_notifications_go_in_order() -> None:
                 other.arrived.clear()
                 await other.arrived.wait()
         assert [payload for _, payload in other.frames[1:]] == [b"0", b"2", b"3"]
+
+
+async def test_small_notifications_cost_no_answers_and_never_run_dry() -> None:
+    async with two_links() as (near, owner, far, other):
+        await _authenticated(owner, other)
+        answers = 0
+        send = far.send
+
+        def counted(frame: bytes) -> None:
+            nonlocal answers
+            answers += 1
+            send(frame)
+
+        far.send = counted  # type: ignore[method-assign]
+        size = CREDIT_NBYTES // 16 - OVERHEAD_NBYTES
+        # Four windows full, each consumed as it comes; the last is larger than the window.
+        for number in range(4 * WINDOW_NBYTES // (size + OVERHEAD_NBYTES)):
+            async with asyncio.timeout(5):
+                await near.notify(bytes(size))
+                while len(other.frames) <= number:
+                    other.arrived.clear()
+                    await other.arrived.wait()
+            far.consumed(size + OVERHEAD_NBYTES)
+        assert answers == 4 * WINDOW_NBYTES // CREDIT_NBYTES
+        far.consumed(CREDIT_NBYTES - 1)
+        async with asyncio.timeout(5):
+            await near.notify(bytes(WINDOW_NBYTES + 1))
 
 
 async def test_bad_credit_closes_the_connection() -> None:

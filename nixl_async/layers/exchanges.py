@@ -3,7 +3,8 @@
 They travel as notifications that begin with `PREFIX`, followed by JSON, and no consumer of notifications sees them. An exchange is
 opened by one side (who pushes, or who pulls), under a number of its own:
 
-    open    → k: "push" or "pull", r: the request, n: how many layers, have: what the puller has already
+    open    → k: "push" or "pull", r: the request, n: how many layers; have: what the puller has already; window: whether the pusher
+              has one
     take    ← the other side takes part; have: what has arrived already, confirmed: what of it has been used
     refuse  ← it does not; why
     layers    l: pushed, they are in place; offered, they may be read

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nixl_async.layers.exchanges import Sender
     from nixl_async.layers.plan import LayerPlan
 
-AHEAD = 8
+AHEAD = 128
 """How many layers are checked and paired before it is known that they may go."""
 
 
@@ -108,10 +108,13 @@ class Mover:
                     raise self._error
                 if self._queue and self._room():
                     await self._start(*self._queue.popleft())
+                    # What was submitted goes at the end of this turn of the loop: not when all layers have been.
+                    await asyncio.sleep(0)
                 elif self._finishing and not self._queue and not self._transfers:
                     return
                 elif (layer := self._next()) is not None:
                     self._ready[layer] = await self._prepare([layer])
+                    await asyncio.sleep(0)
                 else:
                     self._changed = asyncio.get_running_loop().create_future()
                     await self._changed

@@ -17,6 +17,9 @@ from nixl_async.layers.stream import LayerStream
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+CONFIRM_LAYERS = 16
+"""How many layers a consumer uses before it says so, where nobody waits for it."""
+
 
 class Push:
     """The producer's side of a push: `async with agent.push(peer, plan) as push`, and `push.ready(layer)` for each layer.
@@ -26,7 +29,7 @@ class Push:
     """
 
     def __init__(self, exchanges: Exchanges, plan: LayerPlan, window: int | None, route: Route) -> None:
-        self._exchanges, self._plan, self._peer = exchanges, plan, route.peer
+        self._exchanges, self._plan, self._peer, self._window = exchanges, plan, route.peer, window
         self._number = 0
         self._mover = Mover(exchanges.sender, plan, window, route, tell=self._tell, arrived=self._landed)
         self._task: asyncio.Task[None] | None = None
@@ -47,7 +50,7 @@ class Push:
 
     @property
     def confirmed(self) -> frozenset[int]:
-        """The layers that the peer has used."""
+        """The layers that the peer has used, as far as it has said; without a window it says so of many at once."""
         return frozenset(self._confirmed)
 
     async def __aenter__(self) -> Push:
@@ -56,7 +59,8 @@ class Push:
         self._exchanges.check_peer(self._peer)
         self._number = self._exchanges.begin(self._peer, self)
         self._task = self._exchanges.loop.create_task(self._run())
-        self._exchanges.post(self._peer, "open", self._number, mine=True, k="push", r=self._plan.request, n=len(self._plan))
+        fields = {"k": "push", "r": self._plan.request, "n": len(self._plan), "window": self._window is not None}
+        self._exchanges.post(self._peer, "open", self._number, mine=True, **fields)
         return self
 
     def ready(self, *layers: int, after: object = None) -> None:
@@ -181,6 +185,9 @@ class Incoming(LayerStream):
         self._exchange: tuple[str, int] | None = None
         self._quiet: asyncio.Future[None] | None = None
         self._entered = False
+        # Whether the producer waits for what is confirmed, and what it has not been told of.
+        self._windowed = False
+        self._unsaid: list[int] = []
 
     def __repr__(self) -> str:
         source = f"from {self._exchange[0]!r}" if self._exchange else "from nobody yet"
@@ -207,7 +214,10 @@ class Incoming(LayerStream):
 
     def _confirm(self, layer: int) -> None:
         if self._exchange is not None:
-            self._exchanges.post(self._exchange[0], "confirm", self._exchange[1], mine=False, l=[layer])
+            self._unsaid.append(layer)
+            if self._windowed or len(self._unsaid) >= CONFIRM_LAYERS or len(self._confirmed) == self._count:
+                self._exchanges.post(self._exchange[0], "confirm", self._exchange[1], mine=False, l=self._unsaid)
+                self._unsaid = []
             if self.complete and len(self._confirmed) == self._count:
                 self._detach()
 
@@ -228,6 +238,7 @@ class Incoming(LayerStream):
             return f"it had {self._count} layers before, and has {message['n']}"
         self._count = message["n"]
         self._exchange = peer, number
+        self._windowed, self._unsaid = message.get("window") is True, []
         # What is known of the producer before this one says nothing about this one.
         self._failure = None
         self._exchanges.adopt(peer, number, self)
