@@ -73,7 +73,7 @@ def demo(
     model: Annotated[ModelName, typer.Option(help="Whose KV cache shape is moved.")] = ModelName.LLAMA_8B,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the request (default: 2048).")] = 2048,
     page_size: Annotated[int, typer.Option(min=1, max=4096, help="Tokens in a page.")] = 16,
-    layers_per_push: Annotated[int, typer.Option(min=1, help="Layers that one transfer carries.")] = 1,
+    layers_per_push: Annotated[int, typer.Option(min=1, help="Layers that are computed, and go, together.")] = 1,
     compute_ms: Annotated[
         float, typer.Option(min=0.0, max=10_000.0, help="Simulated compute of a layer, milliseconds.")
     ] = 10.0,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import importlib
 import importlib.util
 import json
@@ -63,6 +64,7 @@ class NixlSide:
         print(json.dumps(message), file=self.answers, flush=True)
 
     def start(self) -> None:
+        gc.freeze()
         self.selector.iterations = []
         self.cpu = time.process_time()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -16,8 +17,10 @@ from nixl_async.demo.job import Job, busy_seconds, memcpy_gb_per_second
 from nixl_async.demo.stall import TimedSelector, p999_seconds
 from nixl_async.descriptors import BlockLayout
 from nixl_async.errors import NixlError
+from nixl_async.layers import LayerPlan, Push
 
-TABLE, LAYERS, VERIFIED = b"table:", b"layers:", b"verified"
+TABLE, VERIFIED = b"table:", b"verified"
+REQUEST = "demo"
 
 
 def say(**message: Any) -> None:
@@ -48,7 +51,8 @@ class Meter:
         """CPU seconds that computing and checking took, which are not the transfer's."""
 
     def start(self) -> None:
-        """Begin."""
+        """Begin, as a server does that has started: what is loaded by then need not be walked by every collection."""
+        gc.freeze()
         self._selector.iterations = []
         self._cpu = time.process_time()
 
@@ -70,26 +74,28 @@ async def prefill(setup: dict[str, Any], selector: TimedSelector) -> None:
         peer = await agent.connect((setup["host"], setup["port"]))
         theirs = np.frombuffer((await anext(notes)).payload.removeprefix(TABLE), np.int64)
         remote = peer.region("kv")
+        layers = (
+            (kv.pages(region, layer=n, block=table), kv.pages(remote, layer=n, block=theirs)) for n in range(job.shape.layers)
+        )
+        ready = [0.0] * job.shape.layers
         intervals: list[tuple[float, float]] = []
-        routes: set[str] = set()
 
-        async def push(first: int, last: int) -> None:
-            layers = slice(first, last)
-            src, dst = kv.pages(region, layer=layers, block=table), kv.pages(remote, layer=layers, block=theirs)
-            began = time.monotonic()
-            result = await agent.transfer(src, dst, notify=LAYERS + b"%d %d" % (first, last))
-            intervals.append((began, time.monotonic()))
-            routes.add(result.route)
-            say(event="pushed", layers=last - first)
+        async def follow(push: Push) -> None:
+            async for layer in push.sent():
+                intervals.append((ready[layer], time.monotonic()))
+                say(event="pushed", layers=1)
 
-        meter.start()
-        started = time.monotonic()
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group, agent.push(peer, LayerPlan(REQUEST, layers)) as push:
+            await push.wanted()
+            group.create_task(follow(push))
+            meter.start()
+            started = time.monotonic()
             for first, last in job.pushes():
                 due = time.monotonic() + job.compute_seconds * (last - first)
                 meter.aside += await loop.run_in_executor(None, job.fill, pool, table, first, last)
                 await asyncio.sleep(due - time.monotonic())
-                group.create_task(push(first, last))
+                ready[first:last] = [time.monotonic()] * (last - first)
+                push.ready(*range(first, last))
             computed = time.monotonic()
         ended = time.monotonic()
         measured = meter.finish()
@@ -100,7 +106,7 @@ async def prefill(setup: dict[str, Any], selector: TimedSelector) -> None:
             started=started,
             transfer_seconds=busy_seconds(intervals),
             exposed_seconds=max(0.0, ended - computed),
-            route="+".join(sorted(routes)),
+            route="+".join(sorted(agent.statistics().nbytes)),
             memcpy_gb_per_second=memcpy,
             **measured,
         )
@@ -113,56 +119,27 @@ async def decode(setup: dict[str, Any], selector: TimedSelector) -> None:
     pool, table = await asyncio.to_thread(allocate, job), job.table(1)
     async with Agent("decode", backends=setup["backends"], token=setup["token"]) as agent:
         await agent.register(pool, name="kv")
-        notes = agent.notifications(prefix=LAYERS)
         host, port = await agent.serve("127.0.0.1", 0)
         say(event="serving", host=host, port=port)
         peer = await agent.wait_peer("prefill")
         await agent.notify(peer, TABLE + table.tobytes())
         meter.start()
-        due, arrived = job.shape.layers, 0.0
-        async with _lost(agent):
-            while due:
-                first, last = map(int, (await anext(notes)).payload.removeprefix(LAYERS).split())
+        arrived = 0.0
+        async with agent.incoming(REQUEST, peer=peer) as incoming:
+            async for layer in incoming.layers():
                 arrived = time.monotonic()
-                wrong, cpu = await loop.run_in_executor(None, job.verify, pool, table, first, last)
+                wrong, cpu = await loop.run_in_executor(None, job.verify, pool, table, layer, layer + 1)
                 meter.aside += cpu
                 if wrong:
                     raise RuntimeError(f"wrong bytes arrived: {wrong}")
-                due -= last - first
-                say(event="verified", layers=last - first)
-            measured = meter.finish()
-            await agent.notify(peer, VERIFIED)
+                say(event="verified", layers=1)
+        measured = meter.finish()
+        await agent.notify(peer, VERIFIED)
         say(event="result", arrived=arrived, verified=True, **measured)
         # Prefill has its answer when it leaves; leaving first would take the notification's connection away.
         async for event in agent.membership():
             if event.peer == "prefill":
                 break
-
-
-class _lost:
-    """Ends the block with the reason when prefill is lost meanwhile: a wait for a notification alone would go on for ever."""
-
-    def __init__(self, agent: Agent) -> None:
-        self._events = agent.membership()
-        self._watch: asyncio.Task[None] | None = None
-        self._reason = ""
-
-    async def __aenter__(self) -> None:
-        self._watch = asyncio.create_task(self._run(asyncio.current_task()))
-
-    async def _run(self, owner: asyncio.Task[Any] | None) -> None:
-        async for event in self._events:
-            if event.peer == "prefill" and event.kind in ("lost", "left"):
-                self._reason = event.reason
-                if owner is not None:
-                    owner.cancel()
-                return
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        if self._reason and isinstance(error, asyncio.CancelledError):
-            raise RuntimeError(self._reason) from None
 
 
 async def _until_told(work: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nixl_async.backend import quiesce
 from nixl_async.errors import Aborted, ClosedError, ConfigurationError, NixlError, PeerLost
@@ -13,9 +14,6 @@ from nixl_async.layers.exchanges import Exchanges, encode, gave_up, numbers, rea
 from nixl_async.layers.mover import Mover, Route
 from nixl_async.layers.plan import LayerPlan, check_layers
 from nixl_async.layers.stream import LayerStream
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 CONFIRM_LAYERS = 16
 """How many layers a consumer uses before it says so, where nobody waits for it."""
@@ -35,7 +33,9 @@ class Push:
         self._task: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
         self._ended_there = self._lost = False
+        self._order: list[int] = []
         self._landed_layers: set[int] = set()
+        self._changed: asyncio.Future[None] | None = None
         self._confirmed: set[int] = set()
         self._accepted: asyncio.Future[frozenset[int]] = exchanges.loop.create_future()
 
@@ -78,6 +78,25 @@ class Push:
         if self._error is not None:
             raise self._error
         self._mover.let_go(chosen, after)
+
+    async def sent(self) -> AsyncIterator[int]:
+        """Yield each layer as soon as it is in place at the peer, those that were there before included; their memory is free then.
+
+        Ends with the last layer. One iteration at a time.
+
+        Raises:
+            Aborted, PeerLost, TransferError: the push has failed.
+        """
+        given = 0
+        while given < len(self._plan):
+            while given < len(self._order):
+                given += 1
+                yield self._order[given - 1]
+            if given < len(self._plan):
+                if self._error is not None:
+                    raise self._error
+                self._changed = self._exchanges.loop.create_future()
+                await self._changed
 
     async def wanted(self) -> frozenset[int]:
         """Wait until the peer takes part, and return the layers that it has not got: all of them, unless it got some before.
@@ -123,6 +142,7 @@ class Push:
             self._error = error
             why = reason(error)
         finally:
+            self._wake()
             if not self._accepted.done():
                 self._accepted.set_exception(self._error or ClosedError("the push is over"))
                 # Nobody need have asked.
@@ -137,7 +157,15 @@ class Push:
         return encode("layers", self._number, mine=True, l=layers)
 
     def _landed(self, layers: Iterable[int]) -> None:
-        self._landed_layers.update(layers)
+        for layer in layers:
+            if layer not in self._landed_layers:
+                self._landed_layers.add(layer)
+                self._order.append(layer)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
 
     # End
 
@@ -147,7 +175,7 @@ class Push:
         match kind:
             case "take":
                 have, confirmed = numbers(message, "have", count), numbers(message, "confirmed", count)
-                self._landed_layers.update(have)
+                self._landed(have)
                 self._confirmed.update(confirmed)
                 if not self._accepted.done():
                     self._accepted.set_result(frozenset(have))

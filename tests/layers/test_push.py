@@ -165,6 +165,30 @@ async def test_a_ring_of_buffers_is_never_overwritten_early() -> None:
                 )
 
 
+async def test_the_producer_hears_what_is_in_place() -> None:
+    async with request_between() as on, on.consumer.incoming("r"), on.producer.push(on.peer, on.plan()) as push:
+        sent = push.sent()
+        for layer in (1, 0, 5):
+            push.ready(layer)
+            assert await anext(sent) == layer
+            on.check(layer)
+        push.ready(2, 3, 4)
+        assert [one async for one in sent] == [2, 3, 4]
+
+
+async def test_who_waits_to_hear_what_is_in_place_hears_of_failure() -> None:
+    async with request_between() as on, on.consumer.incoming("r"):
+        with on.faulty.fail_next(TransferError("no such luck"), times=9):
+            push = on.producer.push(on.peer, on.plan())
+            await push.__aenter__()
+            push.ready(0)
+            with pytest.raises(TransferError, match="no such luck"):
+                async for _ in push.sent():
+                    pass
+        with pytest.raises(TransferError, match="no such luck"):
+            await push.__aexit__(None, None, None)
+
+
 async def test_a_layer_that_was_never_ready_is_an_error_on_both_sides() -> None:
     async with request_between() as on, on.consumer.incoming("r") as incoming:
         with pytest.raises(ConfigurationError, match=r"layers \[2, 3, 4, 5\] were never ready"):
