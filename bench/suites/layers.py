@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from bench.process import Pair
 from bench.report import Check, Figure, Row
@@ -12,12 +13,16 @@ from bench.session import OURS, Path, Settings, check, ours, pairs, start_run
 
 WORKER = "bench.workers.layers"
 LAYERS = (80, 32)
-PAGE = 65536
+PAGE, SMALL_PAGE = 65536, 4096
 EXPOSED_LAYERS, HIDDEN = 1.2, 0.95
 
 
 def layers(settings: Settings, path: Path) -> Iterator[Row]:
-    """Push, and pull, with a compute that takes as long as the transfer, and needs no CPU, as a GPU's."""
+    """Push, and pull, with a compute that needs no CPU, as a GPU's, and takes as long as the transfer.
+
+    That is, for each layer, as long as its transfer takes alone; and, beside it, a layer's share of the time that all take at once,
+    with which whatever delays one layer delays all that follow.
+    """
     contender = replace(ours(path), module=WORKER)
     with pairs([contender], settings.nbytes, settings) as started:
         for n_layers in LAYERS:
@@ -26,35 +31,37 @@ def layers(settings: Settings, path: Path) -> Iterator[Row]:
 
 
 def _row(settings: Settings, path: Path, pair: Pair, n_layers: int, push: bool) -> Row:
-    n_pages = settings.nbytes // PAGE // n_layers * n_layers
-    page_nbytes = PAGE
-    if not n_pages:
-        page_nbytes = 4096
-        n_pages = settings.nbytes // page_nbytes // n_layers * n_layers
+    page_nbytes = PAGE if settings.nbytes // PAGE >= n_layers else SMALL_PAGE
+    n_pages = settings.nbytes // page_nbytes // n_layers * n_layers
     mode = "push" if push else "pull"
-    whole: list[float] = []
-    exposed: list[float] = []
+    run = 0
+
+    def moved(salt: int, **how: Any) -> float:
+        """Move the request once; return the seconds from the start, or from the end of the compute, to the last arrival."""
+        nonlocal run
+        run += 1
+        common = {"n_layers": n_layers, "request": f"{mode}-{n_layers}-{run}", "push": push}
+        pair.target.call("blank", salt=salt)
+        pair.target.send("consume", **common, one_by_one=how.get("one_by_one", False))
+        times = pair.initiator.call("produce", **common, **how)
+        arrived = pair.target.receive()
+        check(pair, pair.target, salt)
+        return float(arrived - times["computed" if "layer_seconds" in how else "started"])
+
+    alone, exposed, at_once, exposed_at_once = [], [], [], []
     for turn in range(settings.rounds + 1):
         settings.progress(f"{path.name} {mode}, {n_layers} layers: round {turn} of {settings.rounds}")
-        _, destination = start_run(pair, "write", page_nbytes, n_pages, turn + 1)
-        seconds = []
-        for compute in (False, True):
-            destination.call("blank", salt=turn + 1)
-            # The compute takes what the transfer alone took a moment ago.
-            layer_seconds = seconds[0] / n_layers if compute else 0.0
-            request = f"{mode}-{n_layers}-{turn}-{compute}"
-            pair.target.send("consume", n_layers=n_layers, request=request, push=push)
-            times = pair.initiator.call("produce", n_layers=n_layers, layer_seconds=layer_seconds, request=request, push=push)
-            arrived = pair.target.receive()
-            seconds.append(arrived - times["computed" if compute else "started"])
-            check(pair, destination, turn + 1)
-        if turn:
-            whole.append(seconds[0])
-            exposed.append(seconds[1] / (seconds[0] / n_layers))
-    nbytes = n_pages * page_nbytes
-    note = f"a layer: {nbytes / n_layers / 2**20:.1f} MiB, {statistics.median(whole) / n_layers * 1e3:.2f} ms"
+        start_run(pair, "write", page_nbytes, n_pages, turn + 1)
+        # The compute of a layer takes what its transfer took a moment ago.
+        alone.append(moved(turn + 1, one_by_one=True) / n_layers)
+        exposed.append(moved(turn + 1, layer_seconds=alone[-1]) / alone[-1])
+        at_once.append(moved(turn + 1) / n_layers)
+        exposed_at_once.append(moved(turn + 1, layer_seconds=at_once[-1]) / at_once[-1])
+    share, fast = statistics.median(alone[1:]), statistics.median(at_once[1:])
+    note = f"{n_pages * page_nbytes / n_layers / 2**20:.1f} MiB a layer, {share * 1e3:.2f} ms alone"
+    note += f"; {fast * 1e3:.2f} ms as one of all at once: then {statistics.median(exposed_at_once[1:]):.1f}"
     case = {"path": path.name, "mode": mode, "layers": n_layers}
-    row = Row("layers", case, "layers exposed", Figure(OURS, tuple(exposed), note))
+    row = Row("layers", case, "layers exposed", Figure(OURS, tuple(exposed[1:]), note))
     row.at_most(EXPOSED_LAYERS)
     hidden = 1 - row.ours.median / n_layers
     row.checks.append(Check(f"hidden >= {HIDDEN:.0%}", hidden, hidden >= HIDDEN, "{:.1%}"))

@@ -26,10 +26,13 @@ class Layers(Ours):
         )
         return LayerPlan(request, sides)
 
-    async def produce(self, n_layers: int, layer_seconds: float, request: str, push: bool) -> dict[str, Any]:
+    async def produce(
+        self, n_layers: int, request: str, push: bool, layer_seconds: float = 0.0, one_by_one: bool = False
+    ) -> dict[str, Any]:
         """Compute layers of `layer_seconds` each (0: all are there at once) and let each go; times on the machine's clock.
 
-        All is put on the stream at once, as engines do; a layer goes when the stream has come behind it.
+        All is put on the stream at once, as engines do; a layer goes when the stream has come behind it. `one_by_one`: a pushed
+        layer goes when the one before is in place.
         """
         side: Any
         ends: list[float] = []
@@ -41,20 +44,26 @@ class Layers(Ours):
             async with side:
                 await anext(self.agent.notifications(prefix=READY))
                 started = time.monotonic()
-                for layer in range(n_layers):
-                    if layer_seconds:
-                        stream.launch(_until, started + (layer + 1) * layer_seconds)
-                    side.ready(layer, after=stream.record() if layer_seconds else None)
+                if push and one_by_one:
+                    side.ready(0)
+                    async for layer in side.sent():
+                        if layer + 1 < n_layers:
+                            side.ready(layer + 1)
+                else:
+                    for layer in range(n_layers):
+                        if layer_seconds:
+                            stream.launch(_until, started + (layer + 1) * layer_seconds)
+                        side.ready(layer, after=stream.record() if layer_seconds else None)
                 stream.launch(lambda: ends.append(time.monotonic()))
                 await asyncio.to_thread(stream.synchronize)
         return {"started": started, "computed": ends[0]}
 
-    async def consume(self, n_layers: int, request: str, push: bool) -> float:
+    async def consume(self, n_layers: int, request: str, push: bool, one_by_one: bool = False) -> float:
         """Take every layer; return when the last one was there, on the machine's clock."""
         if push:
             async with self.agent.incoming(request) as incoming:
                 return await self._take(incoming.layers())
-        async with self.agent.pull(self.peer, self._plan(n_layers, request, push)) as pull:
+        async with self.agent.pull(self.peer, self._plan(n_layers, request, push), window=1 if one_by_one else None) as pull:
             return await self._take(pull.layers())
 
     async def _take(self, layers: Any) -> float:
