@@ -34,7 +34,8 @@ class Limits:
     `max_op_nbytes` bytes and `max_op_segments` segments. `drain_seconds`: how long a cancelled op may take to become
     quiet before its memory is quarantined. `batch`: whether small transfers may share an op, and large ones be cut further.
     `max_peer_ops` and `max_peer_nbytes` bound what is in flight towards one peer (0: no bound of its own). While more urgent
-    traffic wants room, ops of less urgent transfers are cut to `slice_nbytes` bytes (0: never).
+    traffic wants room, ops of less urgent transfers are cut to `slice_nbytes` bytes (0: never). `lanes`: how many ops it truly works
+    on at once: while fewer are in flight, a large transfer that waits alone is cut for them.
     """
 
     max_ops: int = 4
@@ -47,6 +48,7 @@ class Limits:
     max_peer_ops: int = 0
     max_peer_nbytes: int = 0
     slice_nbytes: int = 640 << 10
+    lanes: int = 1
 
 
 def _nobody(start: int, nbytes: int, error: TransferError | None) -> None:

@@ -25,6 +25,9 @@ LINGER_SECONDS = 0.25
 """How long less urgent classes leave room for a class that has nothing more to send."""
 BATCH_NBYTES = 256 << 10
 """Pieces up to this size may share an op with others to the same peer."""
+LANE_NBYTES = 2 << 20
+"""The least that is worth an op of its own where a transfer is cut for a backend that works on several at once."""
+_PAGE = 4096
 BATCH_PARTS = 128
 """The most transfers that share one op; all of them end in one iteration of the loop."""
 
@@ -306,6 +309,8 @@ class BackendQueue:
             return None
         piece = head.peek()
         assert piece is not None
+        if not slice_nbytes and limits.lanes > 1 and piece.nbytes >= 2 * LANE_NBYTES and len(lane.records) == 1:
+            slice_nbytes = self._share_of_lanes(lane, piece.nbytes)
         nbytes = min(piece.nbytes, slice_nbytes or piece.nbytes)
         if self.nbytes and self.nbytes + nbytes > limits.max_nbytes:
             return None
@@ -313,6 +318,15 @@ class BackendQueue:
         if limits.max_peer_nbytes:
             room = min(room, _room(limits.max_peer_nbytes, lane.peer.nbytes, nbytes))
         return Turn(lane, room, slice_nbytes)
+
+    def _share_of_lanes(self, lane: Lane, nbytes: int) -> int:
+        """Return the size to which the last piece of the only transfer that waits is cut, so that no lane idles; 0 for none."""
+        free = self.limits.lanes - self.ops
+        chosen = lane.ring.queue
+        others = any(queue.keys for queue in self._urgent_first if queue is not chosen)
+        if free < 2 or others or len(chosen.keys) > 1 or len(lane.ring.heap) > 1 or lane.records[0].n_left > 1:
+            return 0
+        return max(LANE_NBYTES, (nbytes + free - 1) // free + _PAGE - 1 & -_PAGE)
 
     def take(self, turn: Turn) -> list[Part]:
         """Take what the next op carries, and count it as in flight."""

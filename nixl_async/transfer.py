@@ -153,6 +153,11 @@ class TransferRecord:
     cancel_requested: bool = False
     history: tuple[tuple[float, str, str, str], ...] = ()
 
+    @property
+    def n_left(self) -> int:
+        """How many pieces have not been given to a backend."""
+        return len(self.pieces) - self.taken + len(self.again or ())
+
     def peek(self) -> Plan | None:
         """Return the next piece to be given to a backend, `None` if there is none left."""
         if self.again:

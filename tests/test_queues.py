@@ -146,6 +146,31 @@ def test_small_bulk_transfers_share_no_larger_op_than_others_leave_room_for() ->
     assert [op.nbytes for _, op in bench.started] == [100, 1000]
 
 
+def test_a_large_transfer_that_waits_alone_is_cut_for_all_lanes() -> None:
+    limits = Limits(max_ops=6, max_op_nbytes=64 * MIB, lanes=4)
+    bench = Bench(wire=limits)
+    record = bench.submit(nbytes=16 * MIB + 1)
+    assert [op.nbytes for _, op in bench.started] == [4 * MIB + 4096] * 3 + [4 * MIB - 3 * 4096 + 1]
+    run(bench, record.plan.nbytes)
+    assert record.state is TransferState.DONE
+    bench = Bench(wire=limits)
+    bench.submit(nbytes=3 * MIB)
+    assert [op.nbytes for _, op in bench.started] == [3 * MIB], "not worth it"
+    bench.submit(nbytes=16 * MIB)
+    third = 1366 * 4096
+    assert [op.nbytes for _, op in bench.started[1:]] == [third, third, 16 * MIB - 2 * third], "for those that are free"
+
+
+def test_what_does_not_wait_alone_is_not_cut_for_lanes() -> None:
+    for second in ({}, {"traffic_class": BULK}, {"peer": "another"}, {"priority": -1}):
+        bench = Bench(wire=Limits(max_ops=8, max_op_nbytes=64 * MIB, lanes=2, slice_nbytes=0))
+        for options in ({}, second):
+            bench.submit(nbytes=16 * MIB, start=False, **options)
+        bench.take(bench.scheduler.dispatch(0.0))
+        first, *_ = [op.nbytes for _, op in bench.started]
+        assert first == 16 * MIB, second
+
+
 # Between peers, and between transfers.
 
 

@@ -505,7 +505,9 @@ def test_a_quarantine_keeps_the_error_that_came_first() -> None:
 # Whatever happens.
 
 MACHINE_LIMITS = {
-    "fast": Limits(max_ops=3, max_nbytes=3000, max_op_nbytes=1200, max_op_segments=12, drain_seconds=1.0, slice_nbytes=300),
+    "fast": Limits(
+        max_ops=3, max_nbytes=3000, max_op_nbytes=1200, max_op_segments=12, drain_seconds=1.0, slice_nbytes=300, lanes=2
+    ),
     "slow": Limits(2, 700, 500, 5, drain_seconds=2.0, max_peer_ops=1, max_peer_nbytes=600, slice_nbytes=0),
 }
 PEERS = [None, "p", "q"]
