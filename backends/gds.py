@@ -35,7 +35,7 @@ class GDSBackend(Backend):
     name = "gds"
     kinds = frozenset({MemoryKind.VRAM})
     remote = False
-    rank = 55
+    rank = 35
     limits = Limits(max_ops=2, max_op_nbytes=64 << 20)
 
     def __init__(self) -> None:

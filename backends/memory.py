@@ -11,6 +11,8 @@ from nixl_async.descriptors import MemoryKind, Side
 from nixl_async.errors import BackendError
 from nixl_async.native import ffi, int64, lib
 
+AT_ONCE_NBYTES = 512 << 10
+"""Ops up to this size, a tenth of a millisecond's copying, cost the loop less than handing them to a thread would."""
 _SECRET = secrets.token_hex(16)
 
 
@@ -74,9 +76,12 @@ class MemoryBackend(Backend):
         return True
 
     async def copy(self, op: Op) -> None:
-        """Copy on a thread; when cancelled, stop at the next mebibyte."""
+        """Copy on a thread, small ops at once; when cancelled, stop at the next mebibyte."""
         if self._threads is None or self._host is None:
             raise BackendError("the memory backend is closed", backend=self.name, peer=op.peer)
+        if op.nbytes <= AT_ONCE_NBYTES:
+            self.copy_now(op)
+            return
         stop = ffi.new("int32_t *")
         plan = op.plan
 

@@ -4,7 +4,8 @@ UCXX makes the context and the worker; the one-sided operations, which its Pytho
 one native thread that needs no GIL and sleeps on the worker's event descriptor. Regions and addresses are described as NIXL's
 UCX backend does it: the raw worker address and the raw packed key, behind which ours carry a checksum that UCX does not read.
 
-To another agent of ours small pages travel many to a message (`native/ucx_pack.c`); to a stock agent all is one-sided.
+To another agent of ours small pages travel many to a message (`native/ucx_pack.c`); to a stock agent all is one-sided, and so
+is what a device's memory takes part in: packing is done by the CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, quiesce
+from nixl_async.cuda import check_region, device_count, primary_context
 from nixl_async.descriptors import MemoryKind, Region, Side
 from nixl_async.errors import BackendError, MissingDependency, PeerLost, ProtocolError, TransferError
 from nixl_async.memory import MemoryRegion, RemoteRegion
@@ -53,6 +55,11 @@ CONFIGURATION = {
     "TCP_RX_SEG_SIZE": "256k",
 }
 """What we set on our own context; the environment's UCX_* variables win."""
+CUDA_CONFIGURATION = {
+    # Where it sees no NVLink UCX does not read another process's VRAM, and has the peer send it over TCP instead.
+    "CUDA_IPC_ENABLE_GET_ZCOPY": "on",
+}
+"""The same, where there is a CUDA device."""
 PACK_NBYTES = 16 << 10
 """Segments that are this small on average travel many to a message, where the peer is an agent of ours."""
 _SEAL = struct.Struct("<4sI")
@@ -84,6 +91,7 @@ class UCXBackend(Backend):
     """Moves bytes to and from peers over UCX; shares with stock NIXL agents its addresses, keys and notifications."""
 
     name = "ucx"
+    kinds = frozenset({MemoryKind.DRAM, MemoryKind.VRAM})
     rank = 40
     limits = Limits(max_ops=4, max_op_nbytes=16 << 20, max_op_segments=16384)
 
@@ -96,6 +104,7 @@ class UCXBackend(Backend):
         self._address = b""
         self._peers: dict[str, _Peer] = {}
         self._memory: dict[MemoryRegion, Any] = {}
+        self._no_vram = "it is not open"
         self._waiting: dict[int, asyncio.Future[int]] = {}
         self._ids = itertools.count(2, 2)
         self._ids_out = np.zeros(_BATCH, np.int64)
@@ -125,6 +134,7 @@ class UCXBackend(Backend):
             self._worker = self._context = None
             raise BackendError(f"UCX cannot be set up: {ffi.string(why).decode()}", backend=self.name)
         self._host = host
+        self._no_vram = self._why_no_vram()
         self._address = self._read(lib.nx_ucx_address, self._engine)
         host.loop.add_reader(self._event_fd, self._take_events)
 
@@ -194,11 +204,18 @@ class UCXBackend(Backend):
         host = self._opened()
         if region.readonly:
             raise BackendError("it registers writable memory only", backend=self.name)
+        context = 0
+        if region.kind is MemoryKind.VRAM:
+            if self._no_vram:
+                raise BackendError(self._no_vram, backend=self.name)
+            check_region(region)
+            context = await self._enter_device(region.device)
         memory = ffi.new("void **")
         token = secrets.randbits(64)
-        call = partial(self._read, lib.nx_ucx_map, self._engine, region.address, region.nbytes, token, memory)
-        # Large registrations fault in and pin pages, which takes the kernel a while.
-        key = call() if region.nbytes <= 1 << 20 else await quiesce(host.loop.run_in_executor(None, call))
+        call = partial(self._read, lib.nx_ucx_map, self._engine, region.address, region.nbytes, token, context, memory)
+        # Large registrations fault in and pin pages, which takes the kernel a while; the driver takes its time for any.
+        quick = region.nbytes <= 1 << 20 and not context
+        key = call() if quick else await quiesce(host.loop.run_in_executor(None, call))
         self._memory[region] = memory[0]
         return _seal(key + _TOKEN.pack(token))
 
@@ -208,39 +225,63 @@ class UCXBackend(Backend):
         if memory is not None:
             lib.nx_ucx_unmap(self._engine, memory)
 
+    async def forget(self, region: RemoteRegion) -> None:
+        """Give up a key; that of a device's memory keeps it mapped here, on one host."""
+        peer = self._peers.get(region.peer or "")
+        rkey = None if peer is None else peer.rkeys.pop(self._key(region), None)
+        if rkey is not None:
+            lib.nx_ucx_rkey_free(rkey)
+
     # Copying.
 
     def refusal(self, src: Side, dst: Side) -> str | None:
-        """Refuse anything but DRAM between us and a connected peer."""
-        if src.kind is not MemoryKind.DRAM or dst.kind is not MemoryKind.DRAM:
-            return f"it copies DRAM only, not {src.kind.value} to {dst.kind.value}"
+        """Refuse anything but memory of ours on one side and a connected peer's on the other; VRAM where UCX has no CUDA."""
+        if {src.kind, dst.kind} - self.kinds:
+            return f"it copies DRAM and VRAM only, not {src.kind.value} to {dst.kind.value}"
         if (src.peer is None) == (dst.peer is None):
             return "it copies between this process and a peer only"
         peer = self._peers.get(src.peer or dst.peer or "")
         if peer is None or peer.lost:
             return "it is not connected to that peer"
+        if MemoryKind.VRAM in (src.kind, dst.kind):
+            if self._no_vram:
+                return self._no_vram
+            for side in (src, dst):
+                for region in side.regions:
+                    if side.kind is MemoryKind.VRAM and not self._key(region):
+                        whose = "we have" if side.peer is None else f"peer {side.peer!r} has"
+                        return f"{whose} not registered region {region.name!r} with it"
         return None
 
     def how(self, src: Side, dst: Side) -> str:
         """Tell whether small pages travel many to a message."""
         peer = self._peers.get(src.peer or dst.peer or "")
         packs = peer is not None and not peer.stock and not peer.lost and lib.nx_ucx_packs(peer.pointer)
+        packs = packs and MemoryKind.VRAM not in (src.kind, dst.kind)
         return f"one-sided{', small pages packed' if packs else ''}"
 
     async def copy(self, op: Op) -> None:
         """Hand the segments to the native thread; when cancelled, post no more and wait for those that are under way."""
         peer = self._peer(op.peer)
         ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        on_device = MemoryKind.VRAM in (ours.kind, theirs.kind)
+        if theirs.kind is MemoryKind.VRAM:
+            await self._open_keys(peer, theirs)
         rkeys = ffi.new("void *[]", [self._rkey(peer, region) for region in theirs.regions])
         index = ffi.NULL if theirs.index is None else int64(theirs.index)
         arrays = int64(ours.addresses), int64(theirs.addresses), int64(op.plan.lengths)
         tokens = ffi.NULL
-        if not peer.stock and len(op.plan.lengths) > 1 and op.nbytes <= PACK_NBYTES * len(op.plan.lengths):
+        packs = not peer.stock and not on_device
+        if packs and len(op.plan.lengths) > 1 and op.nbytes <= PACK_NBYTES * len(op.plan.lengths):
             keys = [region.keys[self.name] for region in theirs.regions if isinstance(region, RemoteRegion)]
             tokens = ffi.new("uint64_t[]", [_TOKEN.unpack_from(key, len(key) - _SEAL.size - _TOKEN.size)[0] for key in keys])
+        vram = ours.kind is MemoryKind.VRAM
+        near = ours.regions[0]
+        memory = self._memory.get(near) if vram and len(ours.regions) == 1 and isinstance(near, MemoryRegion) else None
         number = next(self._ids)
         done = self._expect(number)
-        if lib.nx_ucx_submit(peer.pointer, number, op.put, len(op.plan.lengths), *arrays, index, rkeys, tokens):
+        segments = len(op.plan.lengths), *arrays, index, rkeys, tokens, vram, memory or ffi.NULL
+        if lib.nx_ucx_submit(peer.pointer, number, op.put, *segments):
             del self._waiting[number]
             raise BackendError("out of memory", backend=self.name, peer=op.peer, retryable=True)
         status = await quiesce(done, partial(lib.nx_ucx_cancel, peer.pointer, number))
@@ -286,8 +327,35 @@ class UCXBackend(Backend):
             raise BackendError(f"UCX: {_text(status)}", backend=self.name)
         return bytes(ffi.buffer(room, n[0]))
 
-    def _rkey(self, peer: _Peer, region: Region) -> Any:
-        key = region.keys.get(self.name, b"") if isinstance(region, RemoteRegion) else b""
+    def _why_no_vram(self) -> str:
+        if not lib.nx_ucx_takes_cuda(self._engine):
+            return "this UCX takes no VRAM: it was built without CUDA, UCX_TLS leaves CUDA out, or there is no driver"
+        return "" if device_count() else "there is no CUDA device"
+
+    async def _enter_device(self, device: int) -> int:
+        """Make a context current on the native thread; return that of the device. Making one takes a fraction of a second."""
+
+        def enter() -> int:
+            context = primary_context(device)
+            if lib.nx_ucx_use_cuda(self._engine, context):
+                raise BackendError(f"UCX's thread cannot enter the context of CUDA device {device}", backend=self.name)
+            return context
+
+        return await quiesce(self._opened().loop.run_in_executor(None, enter))
+
+    async def _open_keys(self, peer: _Peer, theirs: Side) -> None:
+        """Open keys of a peer's VRAM on a thread: on one host that maps its memory."""
+        closed = [region for region in theirs.regions if self._key(region) not in peer.rkeys]
+        if closed:
+            context = await self._enter_device(0)
+            for region in closed:
+                await quiesce(self._opened().loop.run_in_executor(None, self._rkey, peer, region, context))
+
+    def _key(self, region: Region) -> bytes:
+        return region.keys.get(self.name, b"") if isinstance(region, MemoryRegion | RemoteRegion) else b""
+
+    def _rkey(self, peer: _Peer, region: Region, context: int = 0) -> Any:
+        key = self._key(region)
         rkey = peer.rkeys.get(key)
         if rkey is None:
             packed = key if peer.stock else _unseal(key)
@@ -297,13 +365,17 @@ class UCXBackend(Backend):
                 )
             status = ffi.new("int *")
             # Behind the packed key, which UCX knows the end of, comes the token.
-            rkey = lib.nx_ucx_rkey(peer.pointer, packed, status)
+            rkey = lib.nx_ucx_rkey(peer.pointer, packed, context, status)
             if rkey == ffi.NULL:
                 # The endpoint may have failed already, which this thread is about to be told.
                 if status[0] == _NOT_CONNECTED:
                     raise self._error(status[0], peer)
                 raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
-            peer.rkeys[key] = rkey
+            known = peer.rkeys.setdefault(key, rkey)
+            if known is not rkey:
+                # Opened by another thread meanwhile.
+                lib.nx_ucx_rkey_free(rkey)
+                rkey = known
         return rkey
 
     def _take_events(self) -> None:
@@ -342,7 +414,7 @@ class UCXBackend(Backend):
 
 
 def _make_worker() -> tuple[Any, Any]:
-    wanted = dict(CONFIGURATION)
+    wanted = CONFIGURATION | (CUDA_CONFIGURATION if device_count() else {})
     if _has_network():
         # A stock agent on this host may choose `lo` for its half of a connection, over which UCX 1.21 cannot answer 1.22
         # ("different pid namespaces"); over another interface of the same host both can.

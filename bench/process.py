@@ -46,7 +46,9 @@ class Worker:
         self.label, self.role = contender.label, role
         ours, theirs = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
-        environment |= contender.environment | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "NIXL_LOG_LEVEL": "ERROR"}
+        # What the caller has there may be where his packages are.
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment |= contender.environment | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "NIXL_LOG_LEVEL": "ERROR"}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self.process = subprocess.Popen(
             [contender.python, "-m", contender.module, str(theirs.fileno())],

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from nixl_async.backend import Backend, Host, StorageBackend, load_backend
-from nixl_async.descriptors import Descriptor, Places, Plan, Region, make_plan
+from nixl_async.descriptors import Descriptor, MemoryKind, Places, Plan, Region, make_plan
 from nixl_async.dispatch import Dispatcher, check_payload, read_class, urgency
 from nixl_async.errors import (
     ClosedError,
@@ -40,8 +40,8 @@ from nixl_async.wire import MAX_NAME_NBYTES
 
 logger = logging.getLogger("nixl_async.agent")
 
-DEFAULT_BACKENDS = ("memory", "samehost", "tcp", "ucx", "posix", "directory", "cuda", "gds")
-OPTIONAL_BACKENDS = frozenset({"samehost", "ucx", "cuda", "gds"})
+DEFAULT_BACKENDS = ("memory", "samehost", "tcp", "ucx", "posix", "directory", "cuda", "cuda_ipc", "gds")
+OPTIONAL_BACKENDS = frozenset({"samehost", "ucx", "cuda", "cuda_ipc", "gds"})
 """Of the defaults, those that may be absent: their package or kernel feature is not everywhere."""
 LATE_BACKENDS = frozenset({"s3", "azure", "gcs"})
 """What an agent with the default backends adds when it is first asked for: loading their libraries takes a second. They register
@@ -231,7 +231,7 @@ class Agent(StorageCalls, LayerCalls):
             loaded[backend.name] = backend
         if not loaded:
             raise ConfigurationError("backends is empty; give at least one, or None for the default")
-        if any(isinstance(backend, StorageBackend) for backend in loaded.values()):
+        if any(isinstance(backend, StorageBackend) or _of_a_device(backend) for backend in loaded.values()):
             # Storage takes memory that others register, and what no single backend joins goes through buffers.
             for name in ("memory", "staging"):
                 if name not in loaded:
@@ -248,10 +248,10 @@ class Agent(StorageCalls, LayerCalls):
     async def register(self, obj: Any, *, name: str | None = None) -> MemoryRegion:
         """Register an object's memory and tell the peers; the region keeps the object alive until it is closed.
 
-        `obj`: a numpy array, bytearray, memoryview, mmap, torch tensor, cupy array, or anything with the buffer protocol, DLPack
-        (CPU) or `__cuda_array_interface__`. Read-only memory can be a source only. `name` is what peers call the region
-        (default: region-1, region-2, …). Copies of a device's memory wait for no stream of the caller's: what it has enqueued
-        there must have ended before a transfer begins.
+        `obj`: a numpy array, bytearray, memoryview, mmap, torch tensor, cupy array, RMM buffer, or anything with the buffer
+        protocol, DLPack (CPU or CUDA) or `__cuda_array_interface__`. Read-only memory can be a source only. `name` is what peers
+        call the region (default: region-1, region-2, …). Copies of a device's memory wait for no stream of the caller's: what it
+        has enqueued there must have ended before a transfer begins.
 
         Raises:
             RegistrationError: the memory is empty or not C-contiguous, or no backend of this agent takes it.
@@ -550,3 +550,8 @@ def _split_address(address: str | tuple[str, int]) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
         raise ConfigurationError(f"address {address!r} is not of the form host:port, such as 10.0.0.5:7000 or [::1]:7000")
     return host.strip("[]"), int(port)
+
+
+def _of_a_device(backend: Backend) -> bool:
+    """Tell whether a backend copies between a device's memory and the host's in this process."""
+    return not backend.remote and backend.kinds >= {MemoryKind.DRAM, MemoryKind.VRAM}

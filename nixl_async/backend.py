@@ -20,8 +20,9 @@ from nixl_async.descriptors import MemoryKind
 from nixl_async.errors import BackendError, ConfigurationError, MissingDependency, NixlError, TransferError
 
 if TYPE_CHECKING:
+    from nixl_async.costs import Prediction
     from nixl_async.descriptors import Array, Plan, Side
-    from nixl_async.memory import MemoryRegion
+    from nixl_async.memory import MemoryRegion, RemoteRegion
 
 T = TypeVar("T")
 
@@ -138,6 +139,10 @@ class Backend(ABC):
         """Return in a few words by which of its ways it would copy; `Agent.explain` shows it."""
         return ""
 
+    def predict(self, plan: Plan) -> tuple[Prediction, ...]:
+        """Return what a plan should take by each of its ways, the one that it would choose first; empty if it learns no costs."""
+        return ()
+
     @abstractmethod
     async def copy(self, op: Op) -> None:
         """Copy every segment of `op`; return when all bytes are visible at the destination.
@@ -193,6 +198,9 @@ class Backend(ABC):
             BackendError: this backend carries no notifications.
         """
         raise BackendError(f"backend {self.name!r} carries no notifications", backend=self.name, peer=peer)
+
+    async def forget(self, region: RemoteRegion) -> None:
+        """Let go of what was kept of a peer's region, which its owner withdraws; no op uses it."""
 
     async def disconnect(self, peer: str) -> None:
         """Forget `peer`. No op of it is in flight, or the peer is lost and its ops have been failed."""
@@ -336,6 +344,7 @@ BUILT_IN = {
     "posix": "nixl_async.backends.posix:PosixBackend",
     "directory": "nixl_async.backends.directory:DirectoryBackend",
     "cuda": "nixl_async.backends.cuda:CUDABackend",
+    "cuda_ipc": "nixl_async.backends.cuda_ipc:CUDAIPCBackend",
     "gds": "nixl_async.backends.gds:GDSBackend",
     "s3": "nixl_async.backends.s3:S3Backend",
     "azure": "nixl_async.backends.azure:AzureBackend",

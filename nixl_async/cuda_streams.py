@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from nixl_async.cuda import load_driver
-from nixl_async.errors import BackendError, MissingDependency
+from nixl_async.cuda import check, need_driver, primary_context
+from nixl_async.errors import BackendError
 from nixl_async.native import ffi, lib
 
 # CUDA Driver API: CU_STREAM_NON_BLOCKING, CU_STREAM_WAIT_VALUE_EQ, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP,
@@ -30,43 +30,8 @@ _FLAGS = 1024
 _TOKENS = 256
 
 
-@lru_cache(maxsize=1)
 def _driver() -> Any:
-    driver = load_driver()
-    if driver is None:
-        raise MissingDependency("a CUDA stream or event was given, but there is no CUDA driver (libcuda.so.1)")
-    pointer, number, address = ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint64
-    driver.cuLaunchHostFunc.argtypes = [pointer, pointer, pointer]
-    driver.cuStreamWaitEvent.argtypes = [pointer, pointer, number]
-    driver.cuStreamCreate.argtypes = [ctypes.POINTER(pointer), number]
-    driver.cuStreamDestroy_v2.argtypes = [pointer]
-    driver.cuStreamGetCtx.argtypes = [pointer, ctypes.POINTER(pointer)]
-    driver.cuStreamQuery.argtypes = [pointer]
-    driver.cuEventQuery.argtypes = [pointer]
-    driver.cuCtxPushCurrent_v2.argtypes = [pointer]
-    driver.cuCtxPopCurrent_v2.argtypes = [ctypes.POINTER(pointer)]
-    driver.cuCtxGetCurrent.argtypes = [ctypes.POINTER(pointer)]
-    driver.cuDevicePrimaryCtxRetain.argtypes = [ctypes.POINTER(pointer), ctypes.c_int]
-    driver.cuMemHostAlloc.argtypes = [ctypes.POINTER(pointer), ctypes.c_size_t, number]
-    driver.cuMemHostGetDevicePointer_v2.argtypes = [ctypes.POINTER(address), pointer, number]
-    driver.cuStreamWaitValue32_v2.argtypes = [pointer, address, ctypes.c_uint32, number]
-    driver.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
-    return driver
-
-
-def _check(code: int, what: str) -> None:
-    if code:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
-        raise BackendError(f"cuda: {what}: {(text.value or b'unknown error').decode()} ({code})", backend="cuda")
-
-
-@lru_cache(maxsize=1)
-def _primary_context() -> ctypes.c_void_p:
-    # Kept for good, as CUDA's runtime keeps it.
-    context = ctypes.c_void_p()
-    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), 0), "the context of device 0")
-    return context
+    return need_driver("a CUDA stream or event was given")
 
 
 @contextmanager
@@ -74,12 +39,12 @@ def _context_of(stream: int) -> Iterator[None]:
     """Make a stream's context current; for handle 0 and other defaults, and for events, the current one, or device 0's."""
     driver, context = _driver(), ctypes.c_void_p()
     if stream > 2:
-        _check(driver.cuStreamGetCtx(stream, ctypes.byref(context)), f"stream {stream:#x}")
+        check(driver.cuStreamGetCtx(stream, ctypes.byref(context)), f"stream {stream:#x}")
     else:
         driver.cuCtxGetCurrent(ctypes.byref(context))
         if not context:
-            context = _primary_context()
-    _check(driver.cuCtxPushCurrent_v2(context), "making a context current")
+            context = ctypes.c_void_p(primary_context(0))
+    check(driver.cuCtxPushCurrent_v2(context), "making a context current")
     try:
         yield
     finally:
@@ -93,8 +58,8 @@ class _Flags:
         driver, host, device = _driver(), ctypes.c_void_p(), ctypes.c_uint64()
         with _context_of(0):
             nbytes = 4 * _FLAGS
-            _check(driver.cuMemHostAlloc(ctypes.byref(host), nbytes, _PORTABLE_AND_MAPPED), "pinned memory for flags")
-            _check(driver.cuMemHostGetDevicePointer_v2(ctypes.byref(device), host, 0), "the device's address of flags")
+            check(driver.cuMemHostAlloc(ctypes.byref(host), nbytes, _PORTABLE_AND_MAPPED), "pinned memory for flags")
+            check(driver.cuMemHostGetDevicePointer_v2(ctypes.byref(device), host, 0), "the device's address of flags")
         assert host.value is not None
         self.words = (ctypes.c_uint32 * _FLAGS).from_address(host.value)
         self.device_address = device.value
@@ -156,12 +121,12 @@ class CUDAStreams:
         with _context_of(handle if is_stream else 0):
             code = driver.cuStreamQuery(handle) if is_stream else driver.cuEventQuery(handle)
             if code != _NOT_READY:
-                _check(code, "the stream" if is_stream else "the event")
+                check(code, "the stream" if is_stream else "the event")
                 return None
             if is_stream:
                 return self._behind(handle)
             stream = self._take_stream()
-            _check(driver.cuStreamWaitEvent(stream, handle, 0), "waiting for the event")
+            check(driver.cuStreamWaitEvent(stream, handle, 0), "waiting for the event")
             return self._behind(stream, stream_back=stream)
 
     def hold(self, stream: int) -> Callable[[], None]:
@@ -172,7 +137,7 @@ class CUDAStreams:
             code = _driver().cuStreamWaitValue32_v2(stream, flags.device_address + 4 * index, 1, _WAIT_VALUE_EQ)
             if code:
                 flags.give_back(index)
-                _check(code, "letting the stream wait for a transfer")
+                check(code, "letting the stream wait for a transfer")
             # Behind the wait: from then on the word is nobody's.
             self._launch(stream, lambda: flags.give_back(index))
 
@@ -204,13 +169,13 @@ class CUDAStreams:
         if code:
             del self._waiting[token]
             lib.nx_signal_drop(argument)
-            _check(code, "a host function on the stream")
+            check(code, "a host function on the stream")
 
     def _take_stream(self) -> int:
         if self._streams:
             return self._streams.pop()
         stream = ctypes.c_void_p()
-        _check(_driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream to wait for an event")
+        check(_driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream to wait for an event")
         assert stream.value is not None
         return stream.value
 

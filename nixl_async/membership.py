@@ -17,7 +17,7 @@ from typing import Any
 from nixl_async.backend import Backend, PeerInfo
 from nixl_async.errors import ClosedError, ConfigurationError, NixlError, PeerLost, ProtocolError
 from nixl_async.link import Link
-from nixl_async.memory import MemoryRegion
+from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Inbox, Notification
 from nixl_async.peers import (
     Announcement,
@@ -468,7 +468,16 @@ class Membership:
             region.withdrawn = "its owner deregistered it"
             self._emit("regions", peer.name)
             await region.wait_unused()
+            await self._forget(peer, region)
         link.send(encode_json(FrameType.WITHDRAWN, {"id": number}))
+
+    async def _forget(self, peer: Peer, region: RemoteRegion) -> None:
+        for backend in self.backends:
+            if backend.name in peer.backends:
+                try:
+                    await backend.forget(region)
+                except NixlError as error:
+                    logger.warning("backend %s failed to let go of %r: %s", backend.name, region, error)
 
     async def _left(self, link: Link, peer: Peer, number: int) -> None:
         link.leaving = True

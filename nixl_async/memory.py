@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nixl_async.descriptors import MemoryKind, Region
+from nixl_async.dlpack import CPU, CUDA, CUDA_HOST, CUDA_MANAGED, is_capsule, take
 from nixl_async.errors import ClosedError, DescriptorError, PeerLost, RegistrationError
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Buffer:
 def open_buffer(obj: Any) -> Buffer:
     """Find the bytes of `obj` without copying them.
 
-    Takes `__cuda_array_interface__` (VRAM), the buffer protocol, torch CPU tensors and DLPack on the CPU.
+    Takes `__cuda_array_interface__` (VRAM), the buffer protocol, torch tensors, and DLPack of CPU and CUDA memory: objects with
+    `__dlpack__`, and capsules, which are used up. A pool's sub-allocation is registered as what it is, a piece of memory.
 
     Raises:
         RegistrationError: `obj` shows no bytes, is not C-contiguous, or has none.
@@ -84,6 +86,8 @@ def _cuda_buffer(obj: Any) -> Buffer:
 
 
 def _host_buffer(obj: Any) -> Buffer:
+    if is_capsule(obj):
+        return _dlpack_buffer(obj)
     try:
         view = memoryview(obj)
     except TypeError:
@@ -104,11 +108,10 @@ def _host_buffer(obj: Any) -> Buffer:
             device_type, device = obj.__dlpack_device__()
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise RegistrationError(f"{_what(obj)} does not show its bytes through DLPack: {error}") from error
-        if int(device_type) != 1:
-            raise RegistrationError(
-                f"{_what(obj)} is on DLPack device {int(device_type)}:{device}; only CPU memory is taken through DLPack,"
-                " CUDA memory through __cuda_array_interface__"
-            )
+        if int(device_type) not in _DLPACK_KINDS:
+            raise RegistrationError(f"{_what(obj)} is on DLPack device {int(device_type)}:{device}; {_DLPACK_TAKEN}")
+        if int(device_type) != CPU:
+            return _dlpack_buffer(obj)
         if not _torch_bytes_ok(obj):
             raise RegistrationError(f"{_what(obj)} is not C-contiguous; register tensor.contiguous() instead")
         pointer = getattr(obj, "data_ptr", None)
@@ -125,6 +128,24 @@ def _host_buffer(obj: Any) -> Buffer:
     raise RegistrationError(
         f"cannot register {_what(obj)}: it offers neither the buffer protocol, nor DLPack, nor __cuda_array_interface__"
     )
+
+
+_DLPACK_KINDS = {CPU: MemoryKind.DRAM, CUDA_HOST: MemoryKind.DRAM, CUDA: MemoryKind.VRAM, CUDA_MANAGED: MemoryKind.VRAM}
+_DLPACK_TAKEN = f"CPU ({CPU}) and CUDA memory ({CUDA}, {CUDA_HOST} pinned, {CUDA_MANAGED} managed) are taken"
+
+
+def _dlpack_buffer(obj: Any) -> Buffer:
+    try:
+        tensor = take(obj)
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise RegistrationError(f"{_what(obj)} does not show its bytes through DLPack: {error}") from error
+    kind = _DLPACK_KINDS.get(tensor.device_type)
+    if kind is None:
+        raise RegistrationError(f"{_what(obj)} is on DLPack device {tensor.device_type}:{tensor.device}; {_DLPACK_TAKEN}")
+    if not tensor.contiguous:
+        raise RegistrationError(f"{_what(obj)} is not C-contiguous; register a contiguous array")
+    device = tensor.device if kind is MemoryKind.VRAM else 0
+    return Buffer(tensor.address, tensor.nbytes, kind, device, tensor.readonly, tensor.owner)
 
 
 def _torch_bytes_ok(obj: Any) -> bool:

@@ -26,6 +26,8 @@ logger = logging.getLogger("nixl_async.staging")
 
 LEAST_PIECE_NBYTES = 1 << 20
 """Transfers of a few mebibytes are cut too, so that their halves overlap; smaller pieces would cost more than that gains."""
+LEAST_MEMORY_PIECE_NBYTES = 8 << 20
+"""Between memories: a mebibyte is on its way for a tenth of a millisecond there, and costs the loop three times as much."""
 RETRIES = 3
 RETRY_SECONDS = 0.02
 
@@ -67,7 +69,9 @@ class Relay:
     ) -> None:
         self._op, self._first, self._second = op, first, second
         self._arena, self._buffer_nbytes, self._n_lanes, self._op_ids = arena, buffer_nbytes, n_lanes, op_ids
-        step = min(buffer_nbytes, max(LEAST_PIECE_NBYTES, op.nbytes // (2 * n_lanes)))
+        storage = {op.plan.src.kind, op.plan.dst.kind} & {MemoryKind.FILE, MemoryKind.OBJECT}
+        least = LEAST_PIECE_NBYTES if storage else LEAST_MEMORY_PIECE_NBYTES
+        step = min(buffer_nbytes, max(least, op.nbytes // (2 * n_lanes)))
         self._piece_nbytes = max(PAGE_NBYTES, step // PAGE_NBYTES * PAGE_NBYTES)
         self._turn = asyncio.Lock()
         self._uploads: set[_Whole] = set()

@@ -77,8 +77,8 @@ def test_errors_are_mapped_at_the_boundary() -> None:
 def test_ours_are_loaded_by_name(name: str) -> None:
     if name == "ucx":
         pytest.importorskip("ucxx")
-    if name in ("cuda", "gds"):
-        # The one says why it cannot be there, the other is loaded by the tests in tests/gpu.
+    if name in ("cuda", "cuda_ipc", "gds"):
+        # They say why they cannot be there; where they can, the tests in tests/gpu load them.
         if device_count() == 0:
             with pytest.raises(MissingDependency, match="libcuda"):
                 load_backend(name)
@@ -87,7 +87,7 @@ def test_ours_are_loaded_by_name(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ConfigurationError, match=r"warp.*azure, cuda, directory.*memory, posix.*samehost, staging, tcp, ucx"):
+    with pytest.raises(ConfigurationError, match=r"warp.*azure, cuda, cuda_ipc, directory.*memory.*samehost, staging, tcp, ucx"):
         load_backend("warp")
 
 

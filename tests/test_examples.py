@@ -19,6 +19,7 @@ SAYS = {
     "peer_restart.py": "joined again",
     "out_of_band.py": "met through",
     "block_tables.py": "every block is in its place",
+    "layer_streaming.py": "layer 7 arrived, all of it: True",
     "offload_tiers.py": "every byte verified",
     "files_and_objects.py": "62 of 64 are there",
 }

@@ -8,7 +8,9 @@ import socket
 import numpy as np
 import pytest
 
-from nixl_async import Agent, ClosedError, ConfigurationError, PeerLost
+from nixl_async import Agent, BackendError, ClosedError, ConfigurationError, PeerLost
+from nixl_async.backends.memory import MemoryBackend
+from nixl_async.memory import RemoteRegion
 from tests.agents import TOKEN, connect, known, two_agents
 
 
@@ -170,3 +172,37 @@ async def test_ones_own_metadata_is_refused() -> None:
         await a.serve()
         with pytest.raises(ConfigurationError, match="own"):
             await a.add_peer(a.metadata())
+
+
+class Keeping(MemoryBackend):
+    """Notes what it is told to forget, and whether an op still used it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forgotten: list[tuple[str, int]] = []
+
+    async def forget(self, region: RemoteRegion) -> None:
+        await asyncio.sleep(0)
+        self.forgotten.append((region.name, region._holders))
+        if region.name == "second":
+            raise BackendError("it cannot be closed", backend=self.name)
+
+
+async def test_backends_let_go_of_a_region_before_its_owner_does() -> None:
+    keeping = Keeping()
+    async with Agent("a", token=TOKEN, backends=[keeping]) as a, Agent("b", token=TOKEN, backends=["memory"]) as b:
+        first = await b.register(np.zeros(8, np.uint8), name="first")
+        second = await b.register(np.zeros(8, np.uint8), name="second")
+        peer = await connect(a, b)
+        gate = asyncio.get_running_loop().create_future()
+        waits = a.submit(peer.region("first"), await a.register(np.zeros(8, np.uint8)), after=gate)
+        closing = asyncio.create_task(first.aclose())
+        await anext(a.membership())
+        assert keeping.forgotten == []
+        gate.set_result(None)
+        await closing
+        assert waits.done()
+        assert keeping.forgotten == [("first", 0)]
+        # One that fails keeps nobody waiting.
+        await second.aclose()
+        assert keeping.forgotten == [("first", 0), ("second", 0)]

@@ -212,7 +212,10 @@ def test_dlpack_on_the_cpu_shows_its_own_bytes() -> None:
     assert (buffer.address, buffer.nbytes) == (memory.ctypes.data, 20)
     with pytest.raises(RegistrationError, match="not C-contiguous"):
         open_buffer(Capsuled(np.zeros((4, 4))[:, 1:]))
-    with pytest.raises(RegistrationError, match="device 2:3"):
+    with pytest.raises(RegistrationError, match="device 10:3"):
+        open_buffer(Capsuled(memory, (10, 3)))
+    # It says that it is a device's, and hands out nothing.
+    with pytest.raises(RegistrationError, match="through DLPack"):
         open_buffer(Capsuled(memory, (2, 3)))
 
 

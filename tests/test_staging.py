@@ -28,7 +28,10 @@ from nixl_async import (
     Upload,
 )
 from nixl_async.backends.directory import DirectoryBackend
-from nixl_async.descriptors import make_plan
+from nixl_async.backends.memory import MemoryBackend
+from nixl_async.cuda import DeviceBytes
+from nixl_async.descriptors import MemoryKind, Side, make_plan
+from nixl_async.memory import RemoteRegion
 from nixl_async.staging import StagingBackend
 from nixl_async.testing import Canary, assert_same, cancel_after, pattern
 from nixl_async.testing.servers import Server
@@ -639,3 +642,109 @@ async def test_what_is_refused(tmp_path: Path) -> None:
             assert staging.refusal(plan.src, plan.dst) is None
     with pytest.raises(BackendError, match="closed"):
         await staging.copy(Op(1, plan, None, False))
+
+
+# A device's memory and a peer's. The device is pretended: what copies to and from a real one is tested in tests/gpu.
+
+
+class PretendedDevice(MemoryBackend):
+    """Takes memory of this process that is shown as a device's."""
+
+    name = "device"
+    kinds = frozenset({MemoryKind.DRAM, MemoryKind.VRAM})
+    remote = False
+    rank = 5
+
+    def refusal(self, src: Side, dst: Side) -> str | None:
+        if (src.peer or dst.peer) is not None:
+            return "the memory is a peer's"
+        return None if MemoryKind.VRAM in (src.kind, dst.kind) else "no device takes part"
+
+
+def on_device(memory: Any) -> DeviceBytes:
+    return DeviceBytes(memory.ctypes.data, memory.nbytes)
+
+
+@pytest.mark.parametrize("route", ["samehost", "tcp"])
+async def test_between_a_device_s_pages_and_a_peer_s_host_memory(route: str) -> None:
+    n = 96
+    mine, theirs = (np.random.default_rng(seed).permutation(n) for seed in (1, 2))
+    sent, got = pattern(n * PAGE, 3), np.zeros(n * PAGE, np.uint8)
+    async with (
+        agent_process("far", nbytes=n * PAGE, seed=1) as far,
+        staging_agent(route, PretendedDevice()) as (near, staging),
+    ):
+        remote = (await near.connect(far.address)).region("memory")
+        source, target = await near.register(on_device(sent)), await near.register(on_device(got))
+        explained = near.explain(source.pages(mine, PAGE), remote.pages(theirs, PAGE))
+        assert (explained.route, explained.how) == ("staging", f"device, then {route}")
+        result = await near.transfer(source.pages(mine, PAGE), remote.pages(theirs, PAGE))
+        assert (result.route, result.nbytes) == ("staging", n * PAGE)
+        assert near.explain(remote, target).how == f"{route}, then device"
+        await near.transfer(remote.pages(theirs, PAGE), target.pages(mine, PAGE))
+        assert staging.peak_nbytes > 0
+    assert_same(got, sent)
+
+
+async def test_a_device_backend_brings_the_buffers_along() -> None:
+    async with Agent("near", token=TOKEN, backends=["tcp", PretendedDevice()]) as near:
+        assert "staging" in near._backends
+    async with Agent("near", token=TOKEN, backends=["tcp"]) as near:
+        assert "staging" not in near._backends
+
+
+async def test_a_killed_peer_ends_the_transfer_of_a_device() -> None:
+    vram = np.zeros(64 << 20, np.uint8)
+    async with (
+        agent_process("far", nbytes=vram.nbytes) as far,
+        staging_agent("tcp", PretendedDevice()) as (near, staging),
+    ):
+        remote = (await near.connect(far.address)).region("memory")
+        region = await near.register(on_device(vram))
+        transfers = [near.submit(region, remote) for _ in range(4)]
+        far.kill()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            for transfer in transfers:
+                with pytest.raises(PeerLost):
+                    await transfer
+        assert lent(staging) == 0
+
+
+async def test_cancelled_copies_of_a_device_are_quiet() -> None:
+    nbytes = 32 << 20
+    vram = np.zeros(nbytes, np.uint8)
+    async with (
+        agent_process("far", nbytes=nbytes, seed=5) as far,
+        staging_agent("samehost", PretendedDevice(), buffer_nbytes=1 << 20) as (near, staging),
+    ):
+        remote = (await near.connect(far.address)).region("memory")
+        region = await near.register(on_device(vram))
+        cancelled = 0
+        for step in range(8):
+            cancelled += await cancel_after(near.transfer(remote, region), step * 0.001)
+            await Canary(vram).watch()
+            assert lent(staging) == 0
+        assert cancelled
+        await near.transfer(remote, region)
+    assert_same(vram, pattern(nbytes, 5))
+
+
+async def test_buffers_are_no_way_into_a_peer_s_device() -> None:
+    host = np.zeros(PAGE, np.uint8)
+
+    def place(region: Any) -> Side:
+        return Side((region,), np.array([region.address]))
+
+    async with staging_agent("tcp", PretendedDevice()) as (near, staging):
+        dram = place(await near.register(host))
+        vram = place(await near.register(on_device(host)))
+        far = place(RemoteRegion("far", "1", "kv", 1 << 20, PAGE, kind=MemoryKind.VRAM))
+        for src, dst, why in (
+            (dram, far, "let the peer fetch the bytes"),
+            (far, dram, "let the peer send the bytes"),
+            (vram, far, "transfer to DRAM that it registers"),
+            (far, vram, "transfer to DRAM that it registers"),
+            (dram, vram, "no storage"),
+            (vram, vram, "no storage"),
+        ):
+            assert why in (staging.refusal(src, dst) or "")

@@ -26,6 +26,7 @@
 #define UCX_WINDOW 256
 #define UCX_POST_SEGMENTS 64
 #define UCX_POST_BYTES (1 << 20)
+#define UCX_POST_VRAM_BYTES (16 << 20)
 #define UCX_WATCHDOG_MS 500
 #define UCX_GRACE_NS 1000000000ll
 #define UCX_MAX_MESSAGES_NBYTES (256ll << 20)
@@ -37,6 +38,7 @@
     X(ucp_worker_get_address)                                                                                                  \
     X(ucp_worker_release_address)                                                                                              \
     X(ucp_worker_set_am_recv_handler)                                                                                          \
+    X(ucp_context_query)                                                                                                       \
     X(ucp_mem_map)                                                                                                             \
     X(ucp_mem_unmap)                                                                                                           \
     X(ucp_rkey_pack)                                                                                                           \
@@ -58,6 +60,13 @@ static struct {
     const char *(*ucs_status_string)(ucs_status_t);
 } ucx;
 
+/* CUDA Driver API, "Context Management": what UCX's CUDA transports need around their own calls. */
+static struct {
+    int (*cuCtxSetCurrent)(void *);
+    int (*cuCtxPushCurrent)(void *);
+    int (*cuCtxPopCurrent)(void **);
+} cuda;
+
 typedef struct ucx_chunk ucx_chunk;
 typedef struct ucx_region ucx_region;
 
@@ -66,6 +75,8 @@ typedef struct ucx_op {
     struct nx_ucx_ep *ep;
     int64_t id, n, at, in_flight;
     int put, flushing, cancelled;
+    int vram;       /* whether the local side is a device's memory */
+    ucp_mem_h memh; /* of the local side, if it is one region of VRAM */
     ucs_status_t status;
     int64_t *local, *remote, *lengths, *index; /* `index` may be NULL: every segment lies in the first region */
     void **rkeys;
@@ -90,7 +101,7 @@ struct nx_ucx_ep {
     ucx_op *ops;
 };
 
-enum { UCX_DO_ADD, UCX_DO_SUBMIT, UCX_DO_CANCEL, UCX_DO_CLOSE };
+enum { UCX_DO_ADD, UCX_DO_SUBMIT, UCX_DO_CANCEL, UCX_DO_CLOSE, UCX_DO_CUDA };
 
 typedef struct ucx_command {
     struct ucx_command *next;
@@ -121,6 +132,8 @@ struct nx_ucx {
     int64_t n_done, at_done, room_done;
     ucx_message *messages, **messages_end;
     int64_t messages_nbytes;
+    uintptr_t cuda_context; /* that the thread has made current, 0 before */
+    pthread_cond_t cuda_ready;
     pthread_mutex_t close_lock; /* guards every endpoint's `gone` */
     pthread_mutex_t regions_lock;
     ucx_region *regions;
@@ -145,6 +158,25 @@ static int ucx_load(char *why, int64_t n_why) {
     UCX_FUNCTIONS(UCX_FIND)
     ucx.ucs_status_string = (__typeof__(ucx.ucs_status_string))dlsym(ucs, "ucs_status_string");
     return ucx.ucs_status_string ? 0 : -1;
+}
+
+static int cuda_load(void) {
+    void *driver = dlopen("libcuda.so.1", RTLD_NOLOAD | RTLD_LAZY);
+    if (!driver)
+        return -1;
+    cuda.cuCtxSetCurrent = (int (*)(void *))dlsym(driver, "cuCtxSetCurrent");
+    cuda.cuCtxPushCurrent = (int (*)(void *))dlsym(driver, "cuCtxPushCurrent_v2");
+    cuda.cuCtxPopCurrent = (int (*)(void **))dlsym(driver, "cuCtxPopCurrent_v2");
+    return cuda.cuCtxSetCurrent && cuda.cuCtxPushCurrent && cuda.cuCtxPopCurrent ? 0 : -1;
+}
+
+/* Makes a context current on the calling thread for a few calls into UCX; returns whether `cuda_leave` has to undo it. */
+static int cuda_enter(uintptr_t context) { return context && !cuda.cuCtxPushCurrent((void *)context); }
+
+static void cuda_leave(int entered) {
+    void *context;
+    if (entered)
+        cuda.cuCtxPopCurrent(&context);
 }
 
 const char *nx_ucx_text(int status) {
@@ -291,7 +323,8 @@ static int ucx_post(ucx_op *op) {
     nx_ucx_ep *ep = op->ep;
     ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
                                  .cb.send = ucx_request_done, .user_data = op};
-    int64_t posted = 0, bytes = 0;
+    /* Copies of host memory may be made while they are posted. */
+    int64_t posted = 0, bytes = 0, most = op->vram ? UCX_POST_VRAM_BYTES : UCX_POST_BYTES;
     if (op->message && op->at == 0 && op->status == UCS_OK && !op->cancelled) {
         param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
         param.flags = UCP_AM_SEND_FLAG_EAGER;
@@ -302,7 +335,15 @@ static int ucx_post(ucx_op *op) {
     if (op->tokens)
         return pack_post(op);
     param.op_attr_mask |= UCP_OP_ATTR_FLAG_MULTI_SEND;
-    while (op->at < op->n && op->in_flight < UCX_WINDOW && posted < UCX_POST_SEGMENTS && bytes < UCX_POST_BYTES &&
+    if (op->vram) {
+        param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+        param.memory_type = UCS_MEMORY_TYPE_CUDA;
+    }
+    if (op->memh) {
+        param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
+        param.memh = op->memh;
+    }
+    while (op->at < op->n && op->in_flight < UCX_WINDOW && posted < UCX_POST_SEGMENTS && bytes < most &&
            op->status == UCS_OK && !op->cancelled && ep->failed == UCS_OK) {
         int64_t i = op->at++;
         ucp_rkey_h rkey = op->rkeys[op->index ? op->index[i] : 0];
@@ -426,6 +467,14 @@ static void ucx_obey(nx_ucx *engine, ucx_command *command) {
         ep->wants_close = 1;
         ep->stop_ns = ucx_clock();
         break;
+    case UCX_DO_CUDA: {
+        int failed = cuda.cuCtxSetCurrent((void *)(uintptr_t)command->id);
+        pthread_mutex_lock(&engine->lock);
+        engine->cuda_context = failed ? UINTPTR_MAX : (uintptr_t)command->id;
+        pthread_cond_broadcast(&engine->cuda_ready);
+        pthread_mutex_unlock(&engine->lock);
+        break;
+    }
     }
     free(command);
 }
@@ -529,6 +578,7 @@ nx_ucx *nx_ucx_open(uintptr_t context, uintptr_t worker, int event_fd, char *why
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->regions_lock, NULL);
     pthread_mutex_init(&engine->close_lock, NULL);
+    pthread_cond_init(&engine->cuda_ready, NULL);
     ucp_am_handler_param_t handler = {.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
                                                     UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG,
                                       .id = UCX_AM_ID, .flags = UCP_AM_FLAG_WHOLE_MSG, .cb = ucx_arrived, .arg = engine};
@@ -579,6 +629,7 @@ void nx_ucx_close(nx_ucx *engine) {
     close(engine->wake_fd);
     pthread_mutex_destroy(&engine->regions_lock);
     pthread_mutex_destroy(&engine->close_lock);
+    pthread_cond_destroy(&engine->cuda_ready);
     pthread_mutex_destroy(&engine->lock);
     free(engine->done);
     free(engine);
@@ -603,28 +654,59 @@ int nx_ucx_address(nx_ucx *engine, uint8_t *out, int64_t room, int64_t *n) {
     return result;
 }
 
-/* Registers memory and packs the key that peers need for it; `token` is what they show to have it served in packs. */
-int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, uint64_t token, void **memory, uint8_t *key, int64_t room,
-               int64_t *n) {
+/* Whether this UCX handles a CUDA device's memory: it was built with CUDA, and its transports found a driver. */
+int nx_ucx_takes_cuda(nx_ucx *engine) {
+    ucp_context_attr_t attr = {.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES};
+    return ucx.ucp_context_query(engine->context, &attr) == UCS_OK && (attr.memory_types & (1ull << UCS_MEMORY_TYPE_CUDA));
+}
+
+/* Makes a CUcontext current on the thread, for good; later calls with another one leave the first. Blocks until that is done.
+   UCX's CUDA transports query events where they progress and arm, which crashes without a context. Returns 0, or -1. */
+int nx_ucx_use_cuda(nx_ucx *engine, uintptr_t context) {
+    if (cuda_load())
+        return -1;
+    pthread_mutex_lock(&engine->lock);
+    int known = engine->cuda_context != 0;
+    pthread_mutex_unlock(&engine->lock);
+    if (!known && ucx_post_command(engine, UCX_DO_CUDA, NULL, NULL, (int64_t)context))
+        return -1;
+    pthread_mutex_lock(&engine->lock);
+    while (!engine->cuda_context)
+        pthread_cond_wait(&engine->cuda_ready, &engine->lock);
+    int failed = engine->cuda_context == UINTPTR_MAX;
+    pthread_mutex_unlock(&engine->lock);
+    return failed ? -1 : 0;
+}
+
+/* Registers memory and packs the key that peers need for it. Host memory, `context` 0: `token` is what they show to have it served
+   in packs. A device's memory, with a CUcontext of that device after nx_ucx_use_cuda: never in packs, which the CPU copies. */
+int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, uint64_t token, uintptr_t context, void **memory, uint8_t *key,
+               int64_t room, int64_t *n) {
     ucp_mem_map_params_t params = {.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH,
                                    .address = (void *)(uintptr_t)address, .length = (size_t)nbytes};
+    if (context) {
+        params.field_mask |= UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+        params.memory_type = UCS_MEMORY_TYPE_CUDA;
+    }
     ucp_mem_h handle;
+    int entered = cuda_enter(context);
     ucs_status_t status = ucx.ucp_mem_map(engine->context, &params, &handle);
-    if (status != UCS_OK)
-        return status;
     void *packed;
     size_t n_packed;
-    status = ucx.ucp_rkey_pack(engine->context, handle, &packed, &n_packed);
+    int mapped = status == UCS_OK;
+    if (mapped)
+        status = ucx.ucp_rkey_pack(engine->context, handle, &packed, &n_packed);
     int result = status;
     if (status == UCS_OK) {
         result = ucx_copy_out(packed, n_packed, key, room, n);
         ucx.ucp_rkey_buffer_release(packed);
     }
-    if (!result && pack_add_region(engine, handle, address, nbytes, token))
+    if (!result && !context && pack_add_region(engine, handle, address, nbytes, token))
         result = UCS_ERR_NO_MEMORY;
-    if (result)
+    if (result && mapped)
         ucx.ucp_mem_unmap(engine->context, handle);
-    *memory = handle;
+    cuda_leave(entered);
+    *memory = result ? NULL : handle;
     return result;
 }
 
@@ -664,20 +746,24 @@ int nx_ucx_disconnect(nx_ucx_ep *ep) { return ucx_post_command(ep->engine, UCX_D
 /* Gives up the pointer, once the endpoint has closed. */
 void nx_ucx_forget(nx_ucx_ep *ep) { ucx_unref(ep); }
 
-void *nx_ucx_rkey(nx_ucx_ep *ep, const uint8_t *key, int *status) {
+/* `context`: a CUcontext for a key of a device's memory, which opens that memory here; 0 for others. */
+void *nx_ucx_rkey(nx_ucx_ep *ep, const uint8_t *key, uintptr_t context, int *status) {
     ucp_rkey_h rkey = NULL;
+    int entered = cuda_enter(context);
     pthread_mutex_lock(&ep->engine->close_lock);
     *status = ep->gone ? UCS_ERR_NOT_CONNECTED : ucx.ucp_ep_rkey_unpack(ep->ep, key, &rkey);
     pthread_mutex_unlock(&ep->engine->close_lock);
+    cuda_leave(entered);
     return *status == UCS_OK ? rkey : NULL;
 }
 
 void nx_ucx_rkey_free(void *rkey) { ucx.ucp_rkey_destroy(rkey); }
 
 /* Queues a copy of `n` segments: segment i between local[i] and remote[i], which the rkey rkeys[index[i]] opens. With the regions'
-   `tokens` (or NULL) the segments are packed into messages if the peer takes those. */
+   `tokens` (or NULL) the segments are packed into messages if the peer takes those. `vram`: the local side is a device's memory,
+   all of it that which nx_ucx_map returned `memory` for, if given. */
 int nx_ucx_submit(nx_ucx_ep *ep, int64_t id, int put, int64_t n, const int64_t *local, const int64_t *remote,
-                  const int64_t *lengths, const int64_t *index, void **rkeys, const uint64_t *tokens) {
+                  const int64_t *lengths, const int64_t *index, void **rkeys, const uint64_t *tokens, int vram, void *memory) {
     ucx_op *op = calloc(1, sizeof *op);
     int64_t n_keys = 1;
     for (int64_t i = 0; index && i < n; i++)
@@ -694,7 +780,8 @@ int nx_ucx_submit(nx_ucx_ep *ep, int64_t id, int put, int64_t n, const int64_t *
     }
     size_t nbytes = (size_t)n * sizeof *arrays;
     *op = (ucx_op){.ep = ep, .id = id, .n = n, .put = put, .local = arrays, .remote = arrays + n, .lengths = arrays + 2 * n,
-                   .index = index ? arrays + 3 * n : NULL, .rkeys = keys, .tokens = shown, .n_keys = n_keys};
+                   .index = index ? arrays + 3 * n : NULL, .rkeys = keys, .tokens = shown, .n_keys = n_keys,
+                   .vram = vram, .memh = memory};
     if (shown)
         memcpy(shown, tokens, (size_t)n_keys * sizeof *shown);
     memcpy(op->local, local, nbytes);

@@ -12,7 +12,7 @@ from nixl_async.errors import PeerLost
 
 if TYPE_CHECKING:
     from nixl_async.descriptors import Side
-    from nixl_async.memory import MemoryRegion
+    from nixl_async.memory import MemoryRegion, RemoteRegion
 
 Fault: TypeAlias = Callable[[Op], Awaitable[None]]
 
@@ -183,6 +183,10 @@ class FaultyBackend(Backend):
     async def send_notification(self, peer: str, payload: bytes) -> None:
         """Send through the inner backend."""
         await self.inner.send_notification(peer, payload)
+
+    async def forget(self, region: RemoteRegion) -> None:
+        """Let the inner backend forget."""
+        await self.inner.forget(region)
 
     async def disconnect(self, peer: str) -> None:
         """Disconnect the inner backend."""

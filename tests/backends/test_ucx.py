@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nixl_async import Agent, BackendError, NixlError
+from nixl_async import Agent, BackendError, NixlError, RegistrationError
 from nixl_async.backend import Host, PeerInfo
+from nixl_async.cuda import DeviceBytes, device_count
+from nixl_async.descriptors import MemoryKind
 from nixl_async.testing import Canary, assert_same, pattern
 from tests.agents import ROOT, TOKEN, agent_process, known, two_agents
 
@@ -51,6 +53,20 @@ async def test_a_key_with_a_bit_flipped_is_refused() -> None:
         remote.keys["ucx"] = bytes(key)
         with pytest.raises(NixlError):
             await a.transfer(here, remote)
+
+
+@pytest.mark.skipif(device_count() > 0, reason="tests/gpu/test_vram_gpu.py has the ones with a device")
+async def test_a_device_s_memory_without_cuda_is_refused_by_name() -> None:
+    memory = pattern(4096, 1)
+    async with two_agents(backends=["ucx"]) as (a, b, peer):
+        with pytest.raises(RegistrationError, match="ucx: this UCX takes no VRAM: it was built without CUDA"):
+            await a.register(DeviceBytes(memory.ctypes.data, 4096))
+        here = await a.register(memory)
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        remote = peer.region("kv")
+        remote.kind = MemoryKind.VRAM
+        assert "takes no VRAM" in a.explain(here, remote).refusals["ucx"]
 
 
 async def test_read_only_memory_goes_by_another_route() -> None:

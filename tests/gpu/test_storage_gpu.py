@@ -314,7 +314,7 @@ async def test_a_peers_memory_and_the_device(cupy: Any) -> None:
         remote = (await agent.connect((host, port))).region("theirs")
         vram = await agent.register(filled(cupy, 100, 1))
         explained = agent.explain(vram, remote)
-        assert explained.route is None
+        assert (explained.route, explained.how) == ("staging", "cuda, then tcp")
         assert "DRAM only" in explained.refusals["tcp"]
 
 

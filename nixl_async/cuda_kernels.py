@@ -1,0 +1,226 @@
+"""The kernel that gathers and scatters: any number of pages of a device's memory copied by one launch, and how it is told of them.
+
+A piece is what one entry of its arrays describes; a unit is what one warp copies of a piece at a time. Pieces of one size, the
+pages of a KV cache, are two addresses each; pieces of many sizes have their lengths too, and long ones are cut.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nixl_async.cuda import need_cupy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nixl_async.descriptors import Array, Side
+
+logger = logging.getLogger("nixl_async.cuda")
+
+UNIT_NBYTES = 2048
+THREADS_PER_BLOCK = 256
+UNITS_PER_BLOCK = THREADS_PER_BLOCK // 32
+AREAS = 4096
+"""As `nx_describe` has it."""
+_AREA_SHIFT = 21
+REACH_NBYTES = 256 << 20
+MIN_ORDERED = 256
+"""Fewer entries than this are not worth putting in order."""
+
+SOURCE = r"""
+#define UNIT 2048u
+
+template <typename T>
+__device__ __forceinline__ void copy_unit(char *dst, const char *src, unsigned n, unsigned lane) {
+    /* Bytes up to the destination's first whole word, then words, four loads before their stores, then the last bytes. More loads
+       would take registers that more warps make better use of. */
+    unsigned head = (unsigned)(-(unsigned long long)dst) & (sizeof(T) - 1);
+    if (head > n)
+        head = n;
+    if (lane < head)
+        dst[lane] = src[lane];
+    const T *from = (const T *)(src + head);
+    T *to = (T *)(dst + head);
+    unsigned words = (n - head) / sizeof(T);
+    for (unsigned i = lane; i < words; i += 4 * 32) {
+        T word[4];
+#pragma unroll
+        for (unsigned k = 0; k < 4; k++)
+            if (i + 32 * k < words)
+                word[k] = from[i + 32 * k];
+#pragma unroll
+        for (unsigned k = 0; k < 4; k++)
+            if (i + 32 * k < words)
+                to[i + 32 * k] = word[k];
+    }
+    unsigned done = head + words * sizeof(T);
+    if (lane < n - done)
+        dst[done + lane] = src[done + lane];
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+nixl_copy(const unsigned long long *src, const unsigned long long *dst, const unsigned long long *lengths,
+          unsigned long long nbytes, unsigned units, unsigned units_per_piece) {
+    unsigned lane = threadIdx.x & 31, warps = gridDim.x * (blockDim.x >> 5);
+    for (unsigned unit = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); unit < units; unit += warps) {
+        unsigned piece = unit / units_per_piece;
+        unsigned long long at = (unsigned long long)(unit - piece * units_per_piece) * UNIT;
+        unsigned long long end = lengths ? lengths[piece] : nbytes;
+        if (at >= end)
+            continue;
+        unsigned n = end - at < UNIT ? (unsigned)(end - at) : UNIT;
+        const char *from = (const char *)(src[piece] + at);
+        char *to = (char *)(dst[piece] + at);
+        /* The widest word at whose boundaries both can be. */
+        unsigned skew = (unsigned)((unsigned long long)from ^ (unsigned long long)to);
+        if (!(skew & 15))
+            copy_unit<int4>(to, from, n, lane);
+        else if (!(skew & 7))
+            copy_unit<int2>(to, from, n, lane);
+        else if (!(skew & 3))
+            copy_unit<int>(to, from, n, lane);
+        else
+            copy_unit<char>(to, from, n, lane);
+    }
+}
+
+/* Fetches what is in the host's memory. */
+extern "C" __global__ void nixl_fetch(const unsigned long long *from, unsigned long long *to, unsigned n) {
+    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+        to[i] = from[i];
+}
+
+/* Puts entries in order by the area of memory that one of their addresses lies in: `starts` says how many lie before it. */
+extern "C" __global__ void nixl_order(const unsigned long long *by, unsigned n, unsigned long long low, unsigned shift,
+                                      unsigned *starts, const unsigned long long *from, unsigned long long *to, unsigned rows) {
+    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+        unsigned at = atomicAdd(&starts[(by[i] - low) >> shift], 1u);
+        for (unsigned row = 0; row < rows; row++)
+            to[row * n + at] = from[row * n + i];
+    }
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one launch copies: pieces of `piece_nbytes` bytes, or, with `lengths`, of that many each and at most so many."""
+
+    src: Array
+    dst: Array
+    lengths: Array | None
+    piece_nbytes: int
+
+    @property
+    def units_per_piece(self) -> int:
+        """How many units the longest piece has."""
+        return -(-self.piece_nbytes // UNIT_NBYTES)
+
+    @property
+    def units(self) -> int:
+        """How many units there are, those behind the end of a short piece included."""
+        return len(self.src) * self.units_per_piece
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of threads copy each unit at once."""
+        return -(-self.units // UNITS_PER_BLOCK)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays that the kernel reads, in its order."""
+        return (self.src, self.dst) if self.lengths is None else (self.src, self.dst, self.lengths)
+
+
+def make_batch(src: Array, dst: Array, lengths: Array) -> Batch:
+    """Describe segments to the kernel: `lengths[i]` bytes, all positive, from address `src[i]` to `dst[i]`.
+
+    Segments of different sizes are cut so that few warps find nothing to do: pieces are at most twice the segments, and 1,024.
+    """
+    longest = int(lengths.max())
+    if longest == int(lengths.min()):
+        return Batch(src, dst, None, longest)
+    allowed = 2 * len(lengths) + 1024
+    piece = UNIT_NBYTES
+    while int((counts := -(-lengths // piece)).sum()) > allowed:
+        piece *= 2
+    if piece >= longest:
+        return Batch(src, dst, lengths, longest)
+    which = np.repeat(np.arange(len(lengths)), counts)
+    at = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
+    return Batch(src[which] + at, dst[which] + at, np.minimum(lengths[which] - at, piece), piece)
+
+
+def shifted(side: Side, by: Sequence[int]) -> Array:
+    """Return a side's addresses, those in its region number i moved by `by[i]` bytes: to where a device sees that memory."""
+    moves = np.array(by, np.int64)
+    return side.addresses + (moves[0] if side.index is None else moves[side.index])
+
+
+@dataclass(frozen=True, slots=True)
+class Far:
+    """The side of a copy that is another process's or device's memory: whether the destinations, and the addresses it lies between.
+
+    A device translates addresses by tables of a limited reach. For such memory that is some hundred megabytes (seen on an H100):
+    pages picked at random from more cost a walk of the tables each. So they are copied in the order of the areas that they lie in:
+    what is under way at one time then lies close together.
+    """
+
+    dst: bool
+    low: int
+    high: int
+
+    @property
+    def shift(self) -> int:
+        """The power of two bytes that one of `AREAS` areas has; 0 where any order is as good."""
+        nbytes = self.high - self.low
+        return max(_AREA_SHIFT, nbytes.bit_length() - (AREAS.bit_length() - 1)) if nbytes > REACH_NBYTES else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The handles of the kernels on one device; all 0 where they cannot be compiled."""
+
+    copy: int = 0
+    fetch: int = 0
+    order: int = 0
+    # What must stay loaded.
+    module: Any = None
+
+
+_compiling = threading.Lock()
+_compiled: dict[int, Kernels] = {}
+
+
+def kernels(device: int) -> Kernels:
+    """Return the kernels of a device. The first time it takes a second: on a thread."""
+    if (compiled := _compiled.get(device)) is not None:
+        return compiled
+    with _compiling:
+        if device not in _compiled:
+            _compiled[device] = _compile(device)
+        return _compiled[device]
+
+
+def is_compiled(device: int) -> bool:
+    """Tell whether `kernels` returns at once."""
+    return device in _compiled
+
+
+def _compile(device: int) -> Kernels:
+    cupy = need_cupy("cuda")
+    try:
+        with cupy.cuda.Device(device):
+            module = cupy.RawModule(code=SOURCE, options=("-std=c++14",))
+            functions = [module.get_function(f"nixl_{name}") for name in ("copy", "fetch", "order")]
+            copy, fetch, order = (int(function.kernel.ptr) for function in functions)
+            return Kernels(copy, fetch, order, functions)
+    except Exception as error:
+        # NVRTC is a package of its own to some installations of cupy.
+        logger.warning("the copy kernel cannot be compiled, pages are copied one by one: %s: %s", type(error).__name__, error)
+        return Kernels()

@@ -1,0 +1,252 @@
+"""A CUDA stream that copies: segments by one kernel, runs of bytes by the driver, with the pinned memory that this takes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nixl_async.cuda import check, load_driver, primary_context
+from nixl_async.cuda_kernels import AREAS, MIN_ORDERED, THREADS_PER_BLOCK, Batch, Far, Kernels, kernels, make_batch
+from nixl_async.native import ffi, int64, lib
+
+if TYPE_CHECKING:
+    from nixl_async.descriptors import Array
+
+# CUDA Driver API: CU_STREAM_NON_BLOCKING, CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING,
+# CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP.
+_NON_BLOCKING = 1
+_BLOCKING_EVENT = 3
+_PORTABLE_AND_MAPPED = 3
+IN_PLACE_UNITS = 1024
+"""Batches up to this size have their descriptors read in the host's memory: a copy to the device would take longer."""
+DESCRIBED_NBYTES = 1 << 20
+"""The descriptors that a lane has room for from the beginning: a launch on the loop allocates nothing."""
+FETCHED_NBYTES = 64 << 10
+"""Descriptors up to this size a kernel fetches."""
+FIRST_SLICE, SLICE = 16384, 65536
+"""How many segments the device is told of first, and then at a time: it copies while it is told of others."""
+STARTS_NBYTES = 4 * AREAS
+"""What `nx_describe` writes of areas."""
+
+
+def slices(n: int, *, ordered: bool) -> Iterator[tuple[int, int]]:
+    """Yield where the slices of `n` segments begin and end.
+
+    What is put in order is better put in order all together; but the device is to have something to do meanwhile.
+    """
+    at = 0
+    while at < n:
+        left = n - at
+        if ordered:
+            size = n // 8 if at == 0 and n >= 2 * SLICE else left
+        else:
+            size = min(left, FIRST_SLICE if at == 0 else SLICE)
+        yield at, at + size
+        at += size
+
+
+class Pinned:
+    """Pinned host memory, which devices see too. Its owner's device is current where it is made and freed."""
+
+    def __init__(self, nbytes: int) -> None:
+        driver, host, device = load_driver(), ctypes.c_void_p(), ctypes.c_uint64()
+        check(driver.cuMemHostAlloc(ctypes.byref(host), nbytes, _PORTABLE_AND_MAPPED), f"{nbytes} bytes of pinned memory")
+        check(driver.cuMemHostGetDevicePointer_v2(ctypes.byref(device), host, 0), "the device's address of pinned memory")
+        assert host.value is not None
+        self.address, self.device_address, self.nbytes = host.value, device.value, nbytes
+
+    def free(self) -> None:
+        """Give it back; nothing uses it any more."""
+        load_driver().cuMemFreeHost(self.address)
+
+
+class Lane:
+    """A stream of one device, with room for the descriptors of one batch and, when asked for, staging. One op uses it at a time.
+
+    Its device's context is current (`entered`) wherever it is used. What is `urgent` goes before large copies' blocks of threads.
+    """
+
+    _described: Pinned
+
+    def __init__(self, device: int, staging_nbytes: int, urgent: bool = False) -> None:
+        self.device, self.urgent = device, urgent
+        self._driver = load_driver()
+        self._staging_nbytes = staging_nbytes
+        stream, event, lowest, highest = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        check(self._driver.cuCtxGetStreamPriorityRange(ctypes.byref(lowest), ctypes.byref(highest)), "stream priorities")
+        priority = highest.value if urgent else lowest.value
+        check(self._driver.cuStreamCreateWithPriority(ctypes.byref(stream), _NON_BLOCKING, priority), "a stream")
+        check(self._driver.cuEventCreate(ctypes.byref(event), _BLOCKING_EVENT), "an event")
+        self.stream, self._event = stream.value, event.value
+        self._arguments = (ctypes.c_uint64 * 8)()
+        base = ctypes.addressof(self._arguments)
+        self._pointers = (ctypes.c_void_p * 8)(*range(base, base + 64, 8))
+        self._on_device = 0
+        self._used = 0
+        self._make_room(DESCRIBED_NBYTES)
+        self._pinned: Pinned | None = None
+        self._buffer = 0
+
+    @property
+    def pinned(self) -> Pinned:
+        """The lane's staging in the host's memory."""
+        if self._pinned is None:
+            self._pinned = Pinned(self._staging_nbytes)
+        return self._pinned
+
+    @property
+    def buffer(self) -> int:
+        """The address of the lane's staging in the device's memory."""
+        if not self._buffer:
+            self._buffer = self._allocate(self._staging_nbytes)
+        return self._buffer
+
+    def copy(
+        self,
+        src: Array,
+        dst: Array,
+        lengths: Array,
+        *,
+        moves: tuple[int, int] = (0, 0),
+        far: Far | None = None,
+        max_blocks: int = 0,
+    ) -> None:
+        """Enqueue the copy of segments of memory that the device can reach, by one kernel of at most `max_blocks` blocks.
+
+        The device sees sources and destinations `moves` bytes from where they are said to be. Call it once before `wait` or the
+        op's end: the next call uses the descriptors' room again.
+        """
+        handles = kernels(self.device)
+        if len(lengths) == 1 or not handles.copy:
+            for to, at, nbytes in zip(dst.tolist(), src.tolist(), lengths.tolist(), strict=True):
+                self.copy_run(to + moves[1], at + moves[0], nbytes)
+            return
+        parts = list(slices(len(lengths), ordered=far is not None and far.shift > 0))
+        self._used = 0
+        # Enough for pages of one size.
+        self._take_room(16 * len(lengths) + STARTS_NBYTES * len(parts))
+        self._used = 0
+        for start, stop in parts:
+            self._copy_slice(handles, src[start:stop], dst[start:stop], lengths[start:stop], moves, far, max_blocks)
+
+    def copy_run(self, dst: int, src: int, nbytes: int) -> None:
+        """Enqueue the copy of one run of bytes, of whatever memory the driver knows or the host has."""
+        check(self._driver.cuMemcpyAsync(dst, src, nbytes, self.stream), "copying")
+
+    def copy_to_peer(self, other: Lane, nbytes: int) -> None:
+        """Enqueue the copy of this lane's buffer to that of another device's, by way of the host if need be."""
+        contexts = primary_context(other.device), primary_context(self.device)
+        places = other.buffer, contexts[0], self.buffer, contexts[1]
+        check(self._driver.cuMemcpyPeerAsync(*places, nbytes, self.stream), f"copying {nbytes} bytes between devices")
+
+    def wait(self) -> None:
+        """Block until all that was enqueued has ended, asleep."""
+        check(self._driver.cuEventRecord(self._event, self.stream), "an event")
+        check(self._driver.cuEventSynchronize(self._event), "copying")
+
+    def query(self) -> int:
+        """Return what the driver says of the stream."""
+        return int(self._driver.cuStreamQuery(self.stream))
+
+    def quiet(self) -> bool:
+        """Block until nothing runs; return whether the lane can be used again."""
+        return int(self._driver.cuStreamSynchronize(self.stream)) == 0
+
+    def free(self) -> None:
+        """Give everything back; nothing runs."""
+        self._described.free()
+        self._driver.cuMemFree_v2(self._on_device)
+        if self._pinned is not None:
+            self._pinned.free()
+        if self._buffer:
+            self._driver.cuMemFree_v2(self._buffer)
+        self._driver.cuEventDestroy_v2(self._event)
+        self._driver.cuStreamDestroy_v2(self.stream)
+
+    def _copy_slice(
+        self,
+        handles: Kernels,
+        src: Array,
+        dst: Array,
+        lengths: Array,
+        moves: tuple[int, int],
+        far: Far | None,
+        max_blocks: int,
+    ) -> None:
+        # Of one size, as long as nothing else is seen: the usual case is to be gone through once.
+        batch = Batch(src, dst, None, int(lengths[0]))
+        at = self._describe(handles, batch, lengths, moves, far)
+        if not at:
+            batch = make_batch(src, dst, lengths)
+            at = self._describe(handles, batch, batch.lengths, moves, far)
+        n, blocks = len(batch.src), min(batch.blocks, max_blocks or batch.blocks)
+        described = at, at + 8 * n, at + 16 * n if batch.lengths is not None else 0
+        self._launch(
+            handles.copy, blocks, THREADS_PER_BLOCK, *described, batch.piece_nbytes, batch.units, batch.units_per_piece
+        )
+
+    def _describe(self, handles: Kernels, batch: Batch, lengths: Array | None, moves: tuple[int, int], far: Far | None) -> int:
+        """Enqueue what puts a batch's arrays where the device finds them; return where that is, 0 if the lengths are not one."""
+        src, dst, sizes = (np.ascontiguousarray(row, np.int64) for row in (batch.src, batch.dst, lengths))
+        n, rows = len(src), len(batch.arrays)
+        nbytes = 8 * n * rows
+        few = nbytes <= FETCHED_NBYTES
+        offset = self._take_room(nbytes + STARTS_NBYTES)
+        room = self._described.address + offset
+        shift = far.shift if far is not None and n >= MIN_ORDERED else 0
+        side, low = (0, 0) if far is None or not shift else (2 if far.dst else 1, far.low)
+        words, starts = ffi.cast("int64_t *", room), ffi.cast("uint32_t *", room + nbytes)
+        moved = int64(src), moves[0], int64(dst), moves[1], int64(sizes)
+        if not lib.nx_describe(*moved, n, rows == 2, side, low, shift, few, words, starts):
+            self._used = offset
+            return 0
+        if not side and batch.units <= IN_PLACE_UNITS:
+            return self._described.device_address + offset
+        at = self._on_device + offset
+        if few:
+            # So little a copy would write to the device word by word, from this thread.
+            self._launch(handles.fetch, min(16, -(-n // 256)), 256, self._described.device_address + offset, at, n * rows)
+            return at
+        self.copy_run(at, room, nbytes + (STARTS_NBYTES if side else 0))
+        if not side:
+            return at
+        to = at + self._described.nbytes
+        by = at + 8 * n if side == 2 else at
+        self._launch(handles.order, min(64, -(-n // 256)), 256, by, n, low, shift, at + nbytes, at, to, rows)
+        return to
+
+    def _take_room(self, nbytes: int) -> int:
+        """Return how far into the descriptors' room the next `nbytes` bytes are."""
+        if self._used + nbytes > self._described.nbytes:
+            if self._used:
+                # The slices before are being read.
+                self.wait()
+            self._make_room(1 << (nbytes - 1).bit_length())
+            self._used = 0
+        offset = self._used
+        self._used += nbytes
+        return offset
+
+    def _launch(self, kernel: int, blocks: int, threads: int, *arguments: int) -> None:
+        # 32-bit parameters are the low halves: all that CUDA runs on is little-endian.
+        for number, argument in enumerate(arguments):
+            self._arguments[number] = argument
+        shape = (blocks, 1, 1, threads, 1, 1, 0)
+        check(self._driver.cuLaunchKernel(kernel, *shape, self.stream, self._pointers, None), "launching a kernel")
+
+    def _make_room(self, nbytes: int) -> None:
+        described = Pinned(nbytes)
+        # As they come, and in order.
+        on_device = self._allocate(2 * nbytes)
+        if self._on_device:
+            self._described.free()
+            self._driver.cuMemFree_v2(self._on_device)
+        self._described, self._on_device = described, on_device
+
+    def _allocate(self, nbytes: int) -> int:
+        address = ctypes.c_uint64()
+        check(self._driver.cuMemAlloc_v2(ctypes.byref(address), nbytes), f"{nbytes} bytes of device memory")
+        return address.value

@@ -1,0 +1,163 @@
+"""Launches and chunks of the CUDA backends: threads, signals, failures. Of a device: tests/gpu."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from nixl_async import BackendError, MemoryRegion
+from nixl_async.cuda_lane import Lane
+from nixl_async.cuda_lanes import Lanes
+from nixl_async.descriptors import Plan, make_plan
+from nixl_async.memory import open_buffer
+from tests.cuda_host import FAILED, NOT_READY, Host, stand_in
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr("nixl_async.cuda_lanes._LOOK_SECONDS", 0.01)
+    return stand_in(monkeypatch)
+
+
+@pytest.fixture
+async def lanes(host: Host) -> AsyncIterator[Lanes]:
+    made = Lanes(asyncio.get_running_loop(), "test", n_threads=2, chunk_nbytes=4096)
+    yield made
+    await made.aclose()
+    host.drop()
+
+
+def run(lane: Lane) -> None:
+    lane.copy_run(0, 0, 0)
+
+
+@pytest.mark.parametrize("now", [True, False])
+async def test_a_launch_ends_with_its_signal(host: Host, lanes: Lanes, now: bool) -> None:
+    for number in range(3):
+        future = lanes.launch(0, run, now=now)
+        assert lanes.launched == 1
+        await future
+        assert (lanes.launched, host.n_copies) == (0, number + 1)
+    # One lane serves all; where one is idle the loop's own thread launches, if it may.
+    assert len(host.lanes) == 1
+    assert (threading.current_thread().name in host.threads) is now
+
+
+async def test_lanes_are_of_a_device_and_an_urgency(host: Host, lanes: Lanes) -> None:
+    await asyncio.gather(*(lanes.launch(device, run, urgent=urgent) for device in (0, 1) for urgent in (False, True)))
+    assert sorted((lane.device, lane.urgent) for lane in host.lanes) == [(0, False), (0, True), (1, False), (1, True)]
+
+
+@pytest.mark.parametrize("now", [True, False])
+async def test_what_a_launch_raises_comes_when_the_lane_is_quiet(host: Host, lanes: Lanes, now: bool) -> None:
+    await lanes.launch(0, run)
+    host.fail_at = 3
+
+    def twice(lane: Lane) -> None:
+        run(lane)
+        run(lane)
+
+    with pytest.raises(BackendError, match="on fire"):
+        await lanes.launch(0, twice, now=now)
+    assert host.lanes[0].waited
+    # The lane is as good as before.
+    await lanes.launch(0, run)
+    assert len(host.lanes) == 1
+
+
+async def test_a_device_that_fails_signals_nothing_and_is_found_out(host: Host, lanes: Lanes) -> None:
+    host.signals, host.state = False, NOT_READY
+    future = lanes.launch(0, run)
+    await asyncio.wait([future], timeout=0.05)
+    assert not future.done()
+    host.state = FAILED
+    async with asyncio.timeout(5):
+        with pytest.raises(BackendError, match="error 700"):
+            await future
+    # Its lane is not used again.
+    host.signals, host.state = True, 0
+    await lanes.launch(0, run)
+    assert len(host.lanes) == 2
+
+
+async def test_functions_are_called_behind_what_was_launched(host: Host, lanes: Lanes) -> None:
+    host.gate = threading.Event()
+    launched, called = lanes.launch(0, run), lanes.call(lambda: host.n_copies)
+    await asyncio.wait([called], timeout=0.02)
+    assert not called.done()
+    host.gate.set()
+    assert await called == 1
+    await launched
+
+
+# Chunks.
+
+
+async def nothing(region: MemoryRegion) -> None:
+    pass
+
+
+def plan_of(n: int) -> tuple[Plan, MemoryRegion]:
+    region = MemoryRegion("r", open_buffer(np.zeros(2 * n * 4096, np.uint8)), nothing)
+    return make_plan(region[: n * 4096], region[n * 4096 :]), region
+
+
+async def test_chunks_of_two_plans_take_turns(lanes: Lanes) -> None:
+    order: list[str] = []
+    lock, began = threading.Lock(), threading.Event()
+
+    def copy(name: str, chunk: Plan) -> None:
+        assert chunk.nbytes == 4096
+        began.wait(10)
+        with lock:
+            order.append(name)
+
+    (long, _), (short, _) = plan_of(40), plan_of(4)
+    first, _ = lanes.in_chunks(long, lambda chunk: copy("long", chunk))
+    second, _ = lanes.in_chunks(short, lambda chunk: copy("short", chunk))
+    began.set()
+    await asyncio.gather(first, second)
+    assert (order.count("long"), order.count("short")) == (40, 4)
+    # The last of the short one, among the chunks of both.
+    assert max(at for at, name in enumerate(order) if name == "short") < 20
+
+
+async def test_no_chunk_begins_after_a_stop_and_none_runs_after_the_end(lanes: Lanes) -> None:
+    copied, gate = [], threading.Event()
+    running = threading.Semaphore(0)
+
+    def copy(chunk: Plan) -> None:
+        running.release()
+        gate.wait(10)
+        copied.append(chunk.nbytes)
+
+    plan, _ = plan_of(50)
+    done, stop = lanes.in_chunks(plan, copy)
+    for _ in range(2):
+        await asyncio.to_thread(running.acquire)
+    stop()
+    await asyncio.wait([done], timeout=0.02)
+    assert not done.done()
+    gate.set()
+    await done
+    assert copied == [4096, 4096]
+
+
+async def test_the_first_error_ends_the_plan(lanes: Lanes) -> None:
+    copied: list[int] = []
+
+    def copy(chunk: Plan) -> None:
+        copied.append(int(chunk.src.addresses[0]))
+        if len(copied) == 3:
+            raise BackendError("broken", backend="cuda")
+
+    plan, _ = plan_of(50)
+    done, _ = lanes.in_chunks(plan, copy)
+    with pytest.raises(BackendError, match="broken"):
+        await done
+    # Of the other thread at most one more.
+    assert 3 <= len(copied) <= 5
