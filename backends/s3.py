@@ -33,6 +33,8 @@ ASKED_AT_ONCE = 32
 PIECES_AT_ONCE = 16
 """Of one large object: those that are hashed or on their way when a transfer is cancelled are waited for, or sent again."""
 TORN_ATTEMPTS = 3
+MOST_RANGES = 4
+"""How many times `range_nbytes` one request gets at most: one that breaks off is sent again for all of it."""
 
 
 class S3Backend(ObjectBackend):
@@ -89,10 +91,11 @@ class S3Backend(ObjectBackend):
             bucket = self._bucket(store)
             options = bucket.options
             if not bucket.proxied and options.checksum is None and len(op.plan.lengths) > 1:
+                step = _range_nbytes(bucket, op.plan)
 
                 def may_start(run: Run) -> bool:
                     region = run.region
-                    return 0 < run.nbytes <= options.range_nbytes and not region.exact and region.store == store
+                    return 0 < run.nbytes <= step and not region.exact and region.store == store
 
                 runs = cut_runs(op.plan, put=False)
                 batch = Batch(
@@ -110,21 +113,21 @@ class S3Backend(ObjectBackend):
         sink = views(plan.dst, plan.lengths, run.start, run.stop)
         verified = options.checksum is not None and run.offset == 0 and run.nbytes == run.size
         size = run.size if run.region.exact or verified else None
-        if run.nbytes <= options.range_nbytes and not bucket.proxied:
+        step = _range_nbytes(bucket, plan)
+        if made is not None or (run.nbytes <= step and not bucket.proxied):
             await bucket.data.get(run.key, run.offset, sink, run.nbytes, size, made)
             return
         # An object that is replaced meanwhile would come in pieces of both.
         for _ in range(TORN_ATTEMPTS):
-            if len(await self._get_pieces(bucket, run, sink, size)) == 1:
+            if len(await self._get_pieces(bucket, run, sink, size, step)) == 1:
                 break
         else:
             raise IntegrityError(f"s3: {run.key!r} was replaced again and again while it was read", backend=self.name)
         if verified and not bucket.proxied:
             await bucket.data.verify_whole(run.key, sink, run.nbytes)
 
-    async def _get_pieces(self, bucket: Bucket, run: Run, sink: list[memoryview], size: int | None) -> set[str]:
-        """Get a run piece by piece; return the entity tags that the pieces came with."""
-        step = bucket.options.range_nbytes
+    async def _get_pieces(self, bucket: Bucket, run: Run, sink: list[memoryview], size: int | None, step: int) -> set[str]:
+        """Get a run in pieces of `step` bytes; return the entity tags that the pieces came with."""
         tags = set()
 
         async def get(number: int, piece: list[memoryview]) -> None:
@@ -263,6 +266,19 @@ class S3Backend(ObjectBackend):
             if error.get("Code") == "AccessDenied":
                 raise AccessError(f"s3: deleting {error.get('Key')!r}: {error.get('Message')}", backend=self.name)
             raise BackendError(f"s3: deleting {error.get('Key')!r}: {error.get('Code')}", backend=self.name)
+
+
+def _range_nbytes(bucket: Bucket, plan: Plan) -> int:
+    """Return how many bytes of an object one request gets.
+
+    More than `range_nbytes` where the plan has enough for all requests that are of use: servers read ahead, JuiceFS's gateway
+    tens of MiB, and whatever they have read behind a range's end is lost.
+    """
+    least = bucket.options.range_nbytes
+    if bucket.proxied:
+        return least
+    times = plan.nbytes // (least * bucket.data.endpoint.pool.useful(least))
+    return least * max(1, min(times, MOST_RANGES))
 
 
 def _stat(key: str, nbytes: int, found: dict[str, Any]) -> Stat:

@@ -37,7 +37,8 @@ class S3Options:
     reads where the server tells it; such reads want an object of exactly the size that was given. `sse`, `sse_kms_key_id`,
     `requester_pays` as in S3; `sse_customer_key` are 32 bytes in base64 that the server encrypts with and does not keep.
     `verify` is False or a CA file. Objects above `multipart_nbytes` are put in parts of `part_nbytes`; runs above `range_nbytes`
-    are got by several requests. `connect_timeout` and `read_timeout` (a server's silence) are in seconds; `attempts` is how often
+    are got by several requests, those above four times as much always, others where a transfer has too few of them to keep the
+    server busy. `connect_timeout` and `read_timeout` (a server's silence) are in seconds; `attempts` is how often
     a request is sent.
     """
 

@@ -25,7 +25,7 @@ AT_LEAST_REQUESTS, AT_LEAST_NBYTES = 8, 16 << 20
 FEW_REQUESTS = 4
 REQUESTS_PER_SECOND, NBYTES_PER_SECOND = 10_000, 10_000_000_000
 """What is under way follows from how long a server takes to begin an answer, at this pace: more would only grow cold in buffers."""
-MAX_NBYTES = 128 << 20
+MAX_NBYTES = 512 << 20
 """Requests wait while those on their way move this many bytes."""
 DISTANCE_SECONDS = 10.0
 """How long the soonest answer counts."""
@@ -191,6 +191,11 @@ class Pool:
         requests = max(AT_LEAST_REQUESTS, int(seconds * REQUESTS_PER_SECOND))
         nbytes = max(AT_LEAST_NBYTES, int(seconds * NBYTES_PER_SECOND))
         self._at_most = min(requests, self.options.max_connections), min(nbytes, MAX_NBYTES)
+
+    def useful(self, nbytes: int) -> int:
+        """Return how many requests that move `nbytes` bytes each are under way at most."""
+        requests, most = self._at_most
+        return min(requests, max(FEW_REQUESTS, most // nbytes))
 
     def dropped(self, connection: Connection) -> None:
         """An idle connection is gone."""

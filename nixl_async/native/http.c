@@ -10,6 +10,7 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -22,15 +23,17 @@
 #define NX_HTTP_IOV 64
 #define NX_HTTP_STEP (1 << 20) /* Bytes that one system call moves at most: about a tenth of a millisecond. */
 #define NX_HTTP_ALIVE 4096     /* Bytes that count as a sign of life. */
+#define NX_HTTP_LOW (1 << 19)  /* Of a body that is longer, so many bytes are waited for: a wake-up costs as much as 100 KiB. */
 #define NX_HTTP_EVENTS 64
 #define NX_HTTP_NUMBERS 8
 #define NX_HTTP_DIGITS 15
+#define NX_HTTP_LINE 64 /* Bytes of a processor's cache line. */
 
 enum { NX_HTTP_DONE, NX_HTTP_STOPPED, NX_HTTP_ROUSED };
 enum { NXH_IDLE, NXH_SENDING, NXH_HEAD, NXH_BODY, NXH_STOPPED };
 
 typedef struct {
-    int fd, state, status, watched, error;
+    int fd, state, status, watched, error, low, waiting;
     int64_t out_nbytes, sent, have, head_nbytes;
     int64_t wanted, got, first, last, total;
     int64_t started, active, waited, moved;
@@ -89,6 +92,7 @@ int nx_http_adopt(nx_http *engine, int fd) {
         return -ENOMEM;
     memset(s, 0, offsetof(nxh_socket, out));
     s->fd = fd;
+    s->low = 1;
     s->watched = EPOLLIN;
     s->iov = s->few;
     s->room = (int64_t)(sizeof s->few / sizeof *s->few);
@@ -102,10 +106,19 @@ int nx_http_adopt(nx_http *engine, int fd) {
     return slot;
 }
 
+/* Lets the socket become readable at `nbytes` bytes, or when it has ended; the kernel makes room for as many. */
+static void nxh_wait_for(nxh_socket *s, int nbytes) {
+    if (s->low == nbytes)
+        return;
+    s->low = nbytes;
+    setsockopt(s->fd, SOL_SOCKET, SO_RCVLOWAT, &nbytes, sizeof nbytes);
+}
+
 void nx_http_release(nx_http *engine, int slot) {
     nxh_socket *s = engine->slots[slot];
     if (!s)
         return;
+    nxh_wait_for(s, 1);
     epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, s->fd, NULL);
     if (s->iov != s->few)
         free(s->iov);
@@ -152,7 +165,7 @@ static int nxh_send(nx_http *engine, int slot, nxh_socket *s) {
 int nx_http_get(nx_http *engine, int slot, const char *head, int64_t head_nbytes, const int64_t *addresses, const int64_t *lengths,
                 int64_t n, int64_t nbytes) {
     nxh_socket *s = engine->slots[slot];
-    s->sent = s->have = s->head_nbytes = s->got = s->at = s->offset = s->n_iov = s->moved = s->error = 0;
+    s->sent = s->have = s->head_nbytes = s->got = s->at = s->offset = s->n_iov = s->moved = s->error = s->waiting = 0;
     s->first = s->last = s->total = -1;
     s->wanted = nbytes;
     s->started = s->active = nxh_now();
@@ -308,6 +321,8 @@ static int nxh_receive_head(nxh_socket *s) {
     nxh_copy(s, s->kept + head_nbytes, body);
     s->have = head_nbytes;
     s->state = NXH_BODY;
+    if (s->wanted - s->got >= NX_HTTP_LOW)
+        nxh_wait_for(s, NX_HTTP_LOW);
     return 1;
 }
 
@@ -328,7 +343,10 @@ static int nxh_receive_body(nxh_socket *s) {
     if (n <= 0)
         return nxh_failed(s, n);
     nxh_alive(s, n);
+    s->waiting = 0;
     s->got += n;
+    if (s->wanted - s->got < s->low)
+        nxh_wait_for(s, s->wanted > s->got ? (int)(s->wanted - s->got) : 1);
     int64_t left = n + s->offset;
     while (s->at < s->n_iov && left >= (int64_t)s->iov[s->at].iov_len)
         left -= (int64_t)s->iov[s->at++].iov_len;
@@ -394,6 +412,12 @@ int nx_http_step(nx_http *engine, int64_t budget_ns, int64_t *events, int max) {
 
 void nx_http_progress(nx_http *engine, int slot, int64_t *numbers) {
     nxh_socket *s = engine->slots[slot];
+    int waiting = 0;
+    /* What waits in the socket, for more to come, is a sign of life too. */
+    if (s->low > 1 && ioctl(s->fd, FIONREAD, &waiting) == 0 && waiting - s->waiting >= NX_HTTP_ALIVE) {
+        s->waiting = waiting;
+        s->active = nxh_now();
+    }
     numbers[0] = s->sent;
     numbers[1] = s->have;
     numbers[2] = s->head_nbytes;
@@ -403,3 +427,8 @@ void nx_http_progress(nx_http *engine, int slot, int64_t *numbers) {
 }
 
 const char *nx_http_kept(nx_http *engine, int slot) { return engine->slots[slot]->kept; }
+
+void nx_http_warm(const char *memory, int64_t nbytes) {
+    for (int64_t at = 0; at < nbytes; at += NX_HTTP_LINE)
+        __builtin_prefetch(memory + at, 0, 2);
+}

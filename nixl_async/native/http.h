@@ -33,3 +33,6 @@ void nx_http_progress(nx_http *engine, int slot, int64_t *numbers);
 
 /* The bytes received and kept: those of nx_http_progress, or the head of the last answer. */
 const char *nx_http_kept(nx_http *engine, int slot);
+
+/* Reads memory into the caches of the processor that calls: for what goes through it in order, and waits for each byte. */
+void nx_http_warm(const char *memory, int64_t nbytes);

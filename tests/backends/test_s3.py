@@ -180,8 +180,8 @@ async def test_a_large_object_is_not_torn(bench: Bench) -> None:
     old, new = pattern(9 * MIB, 1), pattern(9 * MIB, 2)
     direct = await bench.store(endpoint_url=bench.server.endpoint)
     await bench.write(direct, "torn", old)
-    # One piece after the other, and the object is replaced after the first.
-    store = await bench.store(range_nbytes=3 * MIB, concurrency=1)
+    # One piece of four ranges after the other, and the object is replaced after the first.
+    store = await bench.store(range_nbytes=MIB, concurrency=1)
     reached = asyncio.Event()
 
     def match(method: str, path: str) -> bool:
@@ -195,6 +195,28 @@ async def test_a_large_object_is_not_torn(bench: Bench) -> None:
     await bench.write(direct, "torn", new)
     assert_same(await reading, new)
     assert bench.proxy.requests == 6
+
+
+async def test_large_objects_are_cut_only_where_they_are_few(bench: Bench) -> None:
+    store = await bench.store(range_nbytes=MIB, concurrency=2)
+    sent = pattern(16 * MIB)
+    names = [f"l-{n}" for n in range(4)]
+    source = await bench.agent.register(sent)
+    await bench.agent.transfer(source, store.objects(names, 4 * MIB))
+    got = np.zeros(16 * MIB, np.uint8)
+    sink = await bench.agent.register(got)
+    # Two requests are of use: each gets half of what there is, from 1 to 4 MiB.
+    for count, requests in ((4, 4), (2, 2), (1, 2)):
+        before = bench.proxy.requests
+        got[:] = CANARY
+        await bench.agent.transfer(store.objects(names[:count], 4 * MIB), sink[: count * 4 * MIB])
+        assert bench.proxy.requests - before == requests
+        assert_same(got[: count * 4 * MIB], sent[: count * 4 * MIB])
+    before = bench.proxy.requests
+    await bench.agent.transfer(source, store.object("one"))
+    assert_same(await bench.read(store, "one", 16 * MIB), sent)
+    # One put, and four gets: no request is for more than four ranges.
+    assert bench.proxy.requests - before == 5
 
 
 async def test_a_large_object_with_a_checksum_that_arrives_damaged(bench: Bench) -> None:

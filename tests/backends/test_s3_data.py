@@ -23,6 +23,7 @@ from nixl_async.backends.s3_batch import GetHeads
 from nixl_async.backends.s3_data import (
     EMPTY_SHA256,
     UNSIGNED,
+    WARMED_NBYTES,
     BucketData,
     Credentials,
     DataOptions,
@@ -37,6 +38,7 @@ from nixl_async.backends.s3_data import (
 )
 from nixl_async.errors import AccessError
 from nixl_async.http import Response
+from nixl_async.testing.patterns import pattern
 
 SECONDS = 1_700_000_000
 
@@ -140,6 +142,11 @@ def test_checksums(name: str, expected: str) -> None:
 def test_hashes() -> None:
     assert sha256([memoryview(b"ab"), memoryview(b"c")]) == hashlib.sha256(b"abc").hexdigest()
     assert sha256([]) == EMPTY_SHA256
+    data = pattern(2 * WARMED_NBYTES + 1)
+    for cut in (1, WARMED_NBYTES, WARMED_NBYTES + 1):
+        assert sha256([memoryview(data)[:cut], memoryview(data)[cut:]]) == hashlib.sha256(data).hexdigest()
+    data.flags.writeable = False
+    assert sha256([memoryview(data)]) == hashlib.sha256(data).hexdigest()
 
 
 async def test_work_off_the_loop_is_waited_for() -> None:

@@ -371,3 +371,115 @@ async def test_silence_ends(message: bytes) -> None:
         with pytest.raises(HTTPError, match=r"silent for 0\.1 s: timed out"):
             await get(pool, (4, 6))
         assert in_engine(pool) == []
+
+
+# Long bodies, of which much is waited for at once.
+
+LOW = 1 << 19
+"""As in the engine."""
+
+
+def low_of(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+
+
+@every_loop
+@pytest.mark.parametrize("nbytes", [LOW - 1, LOW, LOW + 1, 2 * LOW - 1, 3 * LOW + 7])
+async def test_long_bodies_of_every_size(nbytes: int) -> None:
+    message = head_of(nbytes) + BODY[:nbytes]
+    for cut in (len(message), len(message) - nbytes, len(message) - LOW, len(message) - 1):
+        async with pool_of(answering(message[:cut], message[cut:])) as pool:
+            for _ in range(2):
+                assert (await get(pool, (1, nbytes - 1)))[1] == BODY[:nbytes]
+                assert in_engine(pool) == [True]
+                # The next answer may have a byte only.
+                assert low_of(pool._idle[0]._socket) == 1
+
+
+async def test_long_bodies_in_small_pieces() -> None:
+    message = head_of(2 * LOW) + BODY[: 2 * LOW]
+    async with pool_of(answering(*[message[n : n + 5000] for n in range(0, len(message), 5000)])) as pool:
+        assert (await get(pool, (2 * LOW,)))[1] == BODY[: 2 * LOW]
+
+
+async def begun_long(pool: Pool, nbytes: int) -> tuple[asyncio.Task[Any], socket.socket]:
+    """Ask for a long body; return once the engine waits for much of it."""
+    task = asyncio.create_task(get(pool, (nbytes,)))
+    await until(lambda: len(pool._busy) == 1)
+    (connection,) = pool._busy
+    await until(lambda: low_of(connection._socket) == LOW)
+    return task, connection._socket
+
+
+@pytest.mark.parametrize("more", [1, 1000, LOW - 1])
+async def test_what_ends_in_the_middle_of_a_long_body_ends_at_once(more: int) -> None:
+    async with pool_of(answering(head_of(2 * LOW), BODY[:more], stay=False)) as pool:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            with pytest.raises(HTTPError, match=f"closed the connection after {more} bytes"):
+                await get(pool, (2 * LOW,))
+
+
+async def test_a_socket_that_leaves_the_engine_is_as_it_was() -> None:
+    hold = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head_of(2 * LOW) + BODY[:10])
+        await hold.wait()
+        writer.write(BODY[10 : 2 * LOW])
+        await reader.read()
+
+    async with pool_of(handler) as pool:
+        task, sock = await begun_long(pool, 2 * LOW)
+        (connection,) = pool._busy
+        connection.take_over()
+        assert low_of(sock) == 1
+        hold.set()
+        assert (await task)[1] == BODY[: 2 * LOW]
+
+
+async def test_a_slow_server_is_not_silent() -> None:
+    nbytes, piece, pause = LOW + 40_000, 20_000, 0.04
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head_of(nbytes))
+        for at in range(0, nbytes, piece):
+            writer.write(BODY[at : min(nbytes, at + piece)])
+            # So slow is the server that is meant: it takes twice as long as silence may last.
+            await asyncio.sleep(pause)
+        await reader.read()
+
+    async with pool_of(handler, read_timeout=0.5) as pool:
+        assert (await get(pool, (nbytes,)))[1] == BODY[:nbytes]
+
+
+async def test_silence_in_the_middle_of_a_long_body_ends() -> None:
+    async with pool_of(answering(head_of(2 * LOW), BODY[:50_000]), read_timeout=0.1) as pool:
+        with pytest.raises(HTTPError, match=r"silent for 0\.1 s: timed out"):
+            await get(pool, (2 * LOW,))
+
+
+async def test_a_cancelled_long_body_writes_no_more() -> None:
+    hold = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head_of(2 * LOW) + BODY[:1000])
+        await hold.wait()
+        writer.write(BODY[1000 : 2 * LOW])
+        await reader.read()
+
+    async with pool_of(handler) as pool:
+        memory, sink = scattered((2 * LOW,))
+        task = asyncio.create_task(pool.request(Request("GET", GET, sink=sink, sink_nbytes=2 * LOW)))
+        await until(lambda: len(pool._busy) == 1)
+        (connection,) = pool._busy
+        await until(lambda: low_of(connection._socket) == LOW)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        memory[:] = bytes([CANARY]) * len(memory)
+        hold.set()
+        await asyncio.sleep(0.03)
+        assert memory.count(CANARY) == len(memory)

@@ -150,6 +150,20 @@ async def test_bytes_on_their_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     assert echo.peak <= 50
 
 
+async def test_how_many_requests_are_of_use() -> None:
+    loop = asyncio.get_running_loop()
+    pool, narrow = Pool(PoolOptions(HOST, 9), loop), Pool(PoolOptions(HOST, 9, max_connections=2), loop)
+    for near in (0.0, 0.0001):
+        assert [pool.useful(nbytes) for nbytes in (1, 4 << 20, 1 << 30)] == [8, 4, 4]
+        pool.answered(near)
+    assert [narrow.useful(nbytes) for nbytes in (1, 1 << 30)] == [2, 2]
+    far = Pool(PoolOptions(HOST, 9), loop)
+    far.answered(0.05)
+    assert [far.useful(nbytes) for nbytes in (1, 8 << 20, 32 << 20, 1 << 30)] == [64, 59, 14, 4]
+    for one in (pool, narrow, far):
+        await one.aclose()
+
+
 async def test_silence_ends_while_others_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_NBYTES", 4)
     echo = Echo()
