@@ -50,6 +50,21 @@ class FileSegments:
     alignment: tuple[int, int] = (4096, 4096)
 
 
+@dataclass(slots=True, eq=False)
+class SummedBlocks:
+    """Blocks to move and sum up: block i is at `offsets[i]` of file `fds[i]`, and in the ranges `addresses[i, :]`, `lengths[i, :]`.
+
+    `sums[i]` is continued; `moved[i]` becomes true if the block was moved whole.
+    """
+
+    fds: NDArray[np.int32]
+    offsets: Array
+    addresses: Array
+    lengths: Array
+    sums: NDArray[np.uint64]
+    moved: NDArray[np.bool_]
+
+
 class FileError(OSError):
     """An operating system's error, and the `segment` that met it."""
 
@@ -58,10 +73,10 @@ class FileError(OSError):
 
 @dataclass(slots=True, eq=False)
 class _Moving:
-    """What lanes work on. They use the arrays of `segments`, which stay alive until it has ended."""
+    """What lanes work on. They use the arrays of `used`, which stay alive until it has ended."""
 
     ended: asyncio.Future[None]
-    segments: FileSegments
+    used: object
 
 
 class FileEngine:
@@ -129,26 +144,74 @@ class FileEngine:
             FileError: the operating system's error; ENODATA means that a file is shorter than was asked for.
             BackendError: the engine is closed, or there is no memory for threads.
         """
+        lanes = self._ready()
+        await self._moved(
+            segments,
+            lambda job: lib.nx_lanes_submit(
+                lanes,
+                job,
+                ways,
+                put,
+                *_pointers(segments),
+                len(segments.lengths),
+                int(segments.lengths.sum()),
+                *segments.alignment,
+            ),
+        )
+
+    async def copy(self, targets: Array, sources: Array, lengths: Array, ways: int = 1) -> None:
+        """Copy memory, by addresses, on up to `ways` lanes at once; when cancelled, wait until nothing moves any more.
+
+        Raises:
+            BackendError: as `move`.
+        """
+        lanes, arrays = self._ready(), (targets, sources, lengths)
+        pointers = tuple(int64(array) for array in arrays)
+        await self._moved(arrays, lambda job: lib.nx_lanes_submit_copy(lanes, job, ways, *pointers, len(lengths)))
+
+    async def summed(self, turn: Any, blocks: SummedBlocks, ways: int = 1) -> None:
+        """Move blocks between files and memory and continue their checksums, as `nx_crc64nvme_move` says, on up to `ways` lanes.
+
+        Which were moved, `blocks.moved` tells. When cancelled, wait until nothing moves any more.
+
+        Raises:
+            BackendError: as `move`.
+        """
+        lanes = self._ready()
+        await self._moved(
+            (turn, blocks),
+            lambda job: lib.nx_lanes_submit_summed(
+                lanes,
+                job,
+                ways,
+                turn,
+                ffi.from_buffer("int32_t[]", blocks.fds),
+                int64(blocks.offsets),
+                int64(blocks.addresses),
+                int64(blocks.lengths),
+                len(blocks.fds),
+                blocks.addresses.shape[1],
+                ffi.from_buffer("uint64_t[]", blocks.sums, require_writable=True),
+                ffi.from_buffer("uint8_t[]", blocks.moved, require_writable=True),
+            ),
+        )
+
+    def _ready(self) -> Any:
+        """Return the lanes, which tell the running loop when a job has ended."""
         if self._threads is None:
             raise BackendError("the file engine is closed", backend="posix")
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._attach(loop)
+        return self._lanes
+
+    async def _moved(self, used: object, submit: Callable[[int], int]) -> None:
+        """Have the lanes work on a job, which uses the arrays of `used` until it has ended."""
         lanes, job = self._lanes, next(self._job_ids)
-        moving = _Moving(loop.create_future(), segments)
-        error = lib.nx_lanes_submit(
-            lanes,
-            job,
-            ways,
-            put,
-            *_pointers(segments),
-            len(segments.lengths),
-            int(segments.lengths.sum()),
-            *segments.alignment,
-        )
+        error = submit(job)
         if error:
             raise _file_error(error, 0)
-        self._moving[job] = moving
+        moving = self._moving[job] = _Moving(asyncio.get_running_loop().create_future(), used)
         await quiesce(moving.ended, lambda: lib.nx_lanes_cancel(lanes, job))
 
     def _attach(self, loop: asyncio.AbstractEventLoop) -> None:

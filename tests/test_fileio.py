@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nixl_async import BackendError, ConfigurationError
-from nixl_async.fileio import DEPTH, FileEngine, FileError, FileSegments, alignment, strictest
-from nixl_async.native import ffi
+from nixl_async.fileio import DEPTH, FileEngine, FileError, FileSegments, SummedBlocks, alignment, strictest
+from nixl_async.native import ffi, int64, lib
 from nixl_async.testing import pattern
 from nixl_async.testing.patterns import CANARY, Canary, assert_same
+from nixl_async.tiers.checksums import new_turn
 from tests.agents import ROOT
 
 FILE_NBYTES = 300_000
@@ -263,7 +264,8 @@ async def test_a_full_file_system_says_so_in_the_middle(engine: FileEngine, tmp_
             content = pattern(3 << 20)
             what = segments(content, [(a, 0, 0, 500_000), (b, 0, 500_000, 1 << 20), (a, 500_000, 2 << 20, 1000)])
             with pytest.raises(FileError) as caught:
-                await run(engine, True, what)
+                # On one lane: of two, either may be the one for which there is no room.
+                await engine.move(True, what)
             assert (caught.value.errno, caught.value.segment) == (errno.ENOSPC, 1)
     finally:
         subprocess.run(["umount", str(mount)], check=True)
@@ -391,6 +393,116 @@ async def test_what_has_not_begun_is_cancelled_at_once() -> None:
         await first
     assert (got[:100] == 0).all()
     assert (got[100:] == CANARY).all()
+
+
+# Memory to memory, and blocks with their checksums.
+
+BLOCK, N_BLOCKS = 4096, 64
+
+
+@pytest.mark.parametrize("ways", [1, 3])
+async def test_memory_is_copied(engine: FileEngine, ways: int) -> None:
+    data, got = pattern(9 << 20, 4), np.zeros(9 << 20, np.uint8)
+    # Some longer than a lane takes at a time, many shorter, some empty.
+    sizes = np.array([3 << 20, 0, 2 << 20, *[1 << 10] * 4096, 0], np.int64)
+    starts = np.cumsum(sizes) - sizes
+    await engine.copy(starts + got.ctypes.data, starts + data.ctypes.data, sizes, ways)
+    assert_same(got, data)
+    await engine.copy(*(np.zeros(0, np.int64) for _ in range(3)))
+
+
+async def test_a_copy_that_is_cancelled_is_quiet(engine: FileEngine) -> None:
+    data, got = pattern(64 << 20, 4), np.full(64 << 20, CANARY, np.uint8)
+    sizes = np.full(64, 1 << 20, np.int64)
+    starts = np.cumsum(sizes) - sizes
+    copying = asyncio.ensure_future(engine.copy(starts + got.ctypes.data, starts + data.ctypes.data, sizes))
+    await asyncio.sleep(0)
+    copying.cancel()
+    await asyncio.wait([copying])
+    if copying.cancelled():
+        # How far it came is chance; that it comes no further is not.
+        got[:] = CANARY
+        await Canary(got).watch()
+    else:
+        assert_same(got, data)
+
+
+class Summed:
+    """Blocks of a file and of memory, the file's in an order of its own."""
+
+    def __init__(self, fd: int, memory: np.ndarray[Any, np.dtype[np.uint8]], n: int = N_BLOCKS, n_ranges: int = 1) -> None:
+        self.memory, piece = memory, BLOCK // n_ranges
+        self.order = np.random.default_rng(1).permutation(n)
+        starts = np.arange(n * n_ranges).reshape(n, n_ranges) * piece
+        self.blocks = SummedBlocks(
+            np.full(n, fd, np.int32),
+            self.order * BLOCK,
+            starts + memory.ctypes.data,
+            np.full((n, n_ranges), piece, np.int64),
+            np.zeros(n, np.uint64),
+            np.zeros(n, np.bool_),
+        )
+
+    def right_sums(self) -> list[int]:
+        found = np.zeros(len(self.order), np.uint64)
+        arrays = int64(self.blocks.addresses), int64(self.blocks.lengths)
+        values = ffi.from_buffer("uint64_t[]", found, require_writable=True)
+        lib.nx_crc64nvme_plain(*arrays, *self.blocks.addresses.shape, values)
+        return found.tolist()
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+async def test_blocks_are_moved_and_summed_up_in_one_go(engine: FileEngine, tmp_path: Path, ways: int) -> None:
+    data, got = pattern(N_BLOCKS * BLOCK, 5), np.zeros(N_BLOCKS * BLOCK, np.uint8)
+    with opened(tmp_path / "f") as fd:
+        put = Summed(fd, data)
+        await engine.summed(new_turn(), put.blocks, ways)
+        assert put.blocks.moved.all()
+        assert put.blocks.sums.tolist() == put.right_sums()
+        # What is one range where it comes from may be several where it goes.
+        get = Summed(fd, got, n_ranges=8)
+        await engine.summed(ffi.NULL, get.blocks, ways)
+    assert get.blocks.moved.all()
+    assert_same(got, data)
+    assert get.blocks.sums.tolist() == put.blocks.sums.tolist()
+
+
+async def test_what_is_behind_the_end_or_cannot_be_written_is_not_moved(engine: FileEngine, tmp_path: Path) -> None:
+    data, got = pattern(4 * BLOCK, 5), np.zeros(4 * BLOCK, np.uint8)
+    fresh(tmp_path / "f", data[: 2 * BLOCK + 5])
+    with opened(tmp_path / "f", os.O_RDONLY) as fd:
+        get = Summed(fd, got, 4)
+        await engine.summed(ffi.NULL, get.blocks)
+        assert get.blocks.moved.tolist() == [place < 2 for place in get.order]
+        assert [one for one, moved in zip(get.blocks.sums.tolist(), get.blocks.moved, strict=True) if moved] == [
+            one for one, moved in zip(get.right_sums(), get.blocks.moved, strict=True) if moved
+        ]
+        put = Summed(fd, data, 4)
+        await engine.summed(new_turn(), put.blocks)
+        assert not put.blocks.moved.any()
+        # With very many ranges it does not begin.
+        many = Summed(fd, got, 1, BLOCK)
+        await engine.summed(ffi.NULL, many.blocks)
+        assert not many.blocks.moved.any()
+
+
+@needs_io_uring
+async def test_blocks_whose_turn_has_not_come_are_not_moved_once_it_is_cancelled(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    data, got = pattern(N_BLOCKS * BLOCK, 5), np.zeros(100, np.uint8)
+    with opened(tmp_path / "f") as fd, engine_of("io_uring") as engine, os.fdopen(reader, "rb"), os.fdopen(writer, "wb", 0):
+        first = asyncio.ensure_future(run(engine, False, segments(got, [(reader, 0, 0, 100)])))
+        put = Summed(fd, data)
+        moving = asyncio.ensure_future(engine.summed(new_turn(), put.blocks))
+        await asyncio.sleep(0)
+        moving.cancel()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await asyncio.wait([moving])
+        assert moving.cancelled()
+        os.write(writer, bytes(100))
+        await first
+        assert not put.blocks.moved.any()
+        assert os.fstat(fd).st_size == 0
 
 
 # What there is, and what is forbidden.

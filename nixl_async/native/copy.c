@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "copy.h"
 
@@ -37,13 +38,10 @@ int64_t nx_copy_segments(const int64_t *dst, const int64_t *src, const int64_t *
     return done;
 }
 
-/* Copies n segments from our memory to the other process (put) or the other way round. Returns 0, -ECANCELED when stopped,
-   or -errno; *done counts the bytes that were copied in order. */
-int nx_process_vm(int pid, int put, const int64_t *local, const int64_t *remote, const int64_t *lengths, int64_t n,
-                  const int32_t *stop, int64_t *done) {
+static int nx_copy_between(int pid, int put, const int64_t *local, const int64_t *remote, const int64_t *lengths, int64_t n,
+                           const int32_t *stop) {
     struct iovec ours[NX_IOV], theirs[NX_IOV];
     int64_t i = 0, at = 0;
-    *done = 0;
     while (i < n) {
         int64_t j = i, offset = at, bytes = 0;
         int n_ours = 0, n_theirs = 0;
@@ -82,7 +80,6 @@ int nx_process_vm(int pid, int put, const int64_t *local, const int64_t *remote,
         }
         if (moved == 0)
             return -EFAULT;
-        *done += moved;
         if (moved == bytes) {
             i = j;
             at = offset;
@@ -98,4 +95,16 @@ int nx_process_vm(int pid, int put, const int64_t *local, const int64_t *remote,
             return -ECANCELED;
     }
     return 0;
+}
+
+/* Copies n segments from our memory to the other process (put) or the other way round. Returns 0, -ECANCELED when stopped,
+   or -errno; *spent_ns: how long it took. */
+int nx_process_vm(int pid, int put, const int64_t *local, const int64_t *remote, const int64_t *lengths, int64_t n,
+                  const int32_t *stop, int64_t *spent_ns) {
+    struct timespec began, ended;
+    clock_gettime(CLOCK_MONOTONIC, &began);
+    int status = nx_copy_between(pid, put, local, remote, lengths, n, stop);
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    *spent_ns = (ended.tv_sec - began.tv_sec) * 1000000000ll + ended.tv_nsec - began.tv_nsec;
+    return status;
 }

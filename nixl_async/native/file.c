@@ -30,6 +30,8 @@
 #endif
 #endif
 
+#include "checksum.h"
+#include "copy.h"
 #include "file.h"
 
 #define NX_SLOTS 64
@@ -43,6 +45,7 @@
 #define NX_EAGER 4
 #define NX_BOUNCE_NBYTES (256 << 10)
 #define NX_PAGE 4096
+#define NX_COPY_NBYTES (1 << 20)
 #define NX_TMPFS 0x01021994
 #define NX_RAMFS 0x858458f6
 #ifndef RWF_NOWAIT

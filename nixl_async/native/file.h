@@ -31,6 +31,15 @@ int nx_lanes_submit(nx_lanes *lanes, int64_t id, int ways, int put, const int32_
                     const int64_t *offsets, const int64_t *addresses, const int64_t *lengths, int64_t n, int64_t nbytes,
                     int64_t memory_align, int64_t offset_align);
 
+/* Has up to `ways` threads copy n segments of memory, sources[i] to targets[i]; the arrays as above. */
+int nx_lanes_submit_copy(nx_lanes *lanes, int64_t id, int ways, const int64_t *targets, const int64_t *sources,
+                         const int64_t *lengths, int64_t n);
+
+/* Has up to `ways` threads do what nx_crc64nvme_move does; the arrays, `turn` among them, as above. */
+int nx_lanes_submit_summed(nx_lanes *lanes, int64_t id, int ways, nx_turn *turn, const int32_t *fds, const int64_t *offsets,
+                           const int64_t *addresses, const int64_t *lengths, int64_t n_blocks, int64_t n_ranges,
+                           uint64_t *values, uint8_t *moved);
+
 /* Makes a job end soon, with -ECANCELED unless it was done before. */
 void nx_lanes_cancel(nx_lanes *lanes, int64_t id);
 

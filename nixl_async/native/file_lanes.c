@@ -6,7 +6,36 @@ typedef struct nx_job {
     int64_t id;
     int32_t stop;
     int started, running;
+    /* What is done instead of nx_work_on, with the arrays of `work`; `at` is where the next lane goes on. */
+    void (*run)(struct nx_job *job);
+    const int64_t *sources;
+    nx_turn *turn;
+    int64_t n_ranges, at;
+    uint64_t *values;
+    uint8_t *moved;
 } nx_job;
+
+static void nx_run_copy(nx_job *job) {
+    const nx_work *work = &job->work;
+    while (!nx_ended(&job->work)) {
+        int64_t first = __atomic_load_n(&job->at, __ATOMIC_RELAXED), last;
+        do {
+            int64_t nbytes = 0;
+            for (last = first; last < work->n && nbytes < NX_COPY_NBYTES; last++)
+                nbytes += work->lengths[last];
+        } while (!__atomic_compare_exchange_n(&job->at, &first, last, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+        if (first == work->n)
+            return;
+        nx_copy_segments(work->addresses + first, job->sources + first, work->lengths + first, last - first, &job->stop);
+    }
+}
+
+static void nx_run_summed(nx_job *job) {
+    const nx_work *work = &job->work;
+    nx_crc64nvme_move(job->turn, work->fds, work->offsets, work->addresses, work->lengths, work->n, job->n_ranges, job->values,
+                      job->moved, &job->at, &job->stop);
+    nx_ended(&job->work);
+}
 
 typedef struct {
     pthread_t thread;
@@ -100,7 +129,9 @@ static void *nx_lane(void *argument) {
             nx_keep_off(lanes, place);
         }
         pthread_mutex_unlock(&lanes->lock);
-        if (ring || own)
+        if (job->run)
+            job->run(job);
+        else if (ring || own)
             nx_work_on(&job->work, ring, own);
         else
             nx_fail(&job->work, -ENOMEM, 0);
@@ -178,17 +209,9 @@ nx_lanes *nx_lanes_open(int n, int uring, unsigned int depth, int event_fd) {
     return lanes;
 }
 
-int nx_lanes_submit(nx_lanes *lanes, int64_t id, int ways, int put, const int32_t *fds, const int32_t *direct_fds,
-                    const int64_t *offsets, const int64_t *addresses, const int64_t *lengths, int64_t n, int64_t nbytes,
-                    int64_t memory_align, int64_t offset_align) {
-    nx_job *job = calloc(1, sizeof *job);
-    if (!job)
-        return -ENOMEM;
+static void nx_enqueue(nx_lanes *lanes, nx_job *job, int64_t id, int ways) {
     job->id = id;
-    nx_work_init(&job->work, put, fds, direct_fds, offsets, addresses, lengths, n, memory_align, offset_align, &job->stop);
-    job->work.left = nbytes;
-    job->work.ways = ways < 1 ? 1 : ways > lanes->n ? lanes->n : ways;
-    ways = job->work.ways;
+    job->work.ways = ways = ways < 1 ? 1 : ways > lanes->n ? lanes->n : ways;
     pthread_mutex_lock(&lanes->lock);
     *lanes->end = job;
     lanes->end = &job->next;
@@ -196,6 +219,45 @@ int nx_lanes_submit(nx_lanes *lanes, int64_t id, int ways, int put, const int32_
     pthread_mutex_unlock(&lanes->lock);
     while (wake-- > 0)
         pthread_cond_signal(&lanes->wake);
+}
+
+int nx_lanes_submit(nx_lanes *lanes, int64_t id, int ways, int put, const int32_t *fds, const int32_t *direct_fds,
+                    const int64_t *offsets, const int64_t *addresses, const int64_t *lengths, int64_t n, int64_t nbytes,
+                    int64_t memory_align, int64_t offset_align) {
+    nx_job *job = calloc(1, sizeof *job);
+    if (!job)
+        return -ENOMEM;
+    nx_work_init(&job->work, put, fds, direct_fds, offsets, addresses, lengths, n, memory_align, offset_align, &job->stop);
+    job->work.left = nbytes;
+    nx_enqueue(lanes, job, id, ways);
+    return 0;
+}
+
+int nx_lanes_submit_copy(nx_lanes *lanes, int64_t id, int ways, const int64_t *targets, const int64_t *sources,
+                         const int64_t *lengths, int64_t n) {
+    nx_job *job = calloc(1, sizeof *job);
+    if (!job)
+        return -ENOMEM;
+    nx_work_init(&job->work, 0, NULL, NULL, NULL, targets, lengths, n, 1, 1, &job->stop);
+    job->run = nx_run_copy;
+    job->sources = sources;
+    nx_enqueue(lanes, job, id, ways);
+    return 0;
+}
+
+int nx_lanes_submit_summed(nx_lanes *lanes, int64_t id, int ways, nx_turn *turn, const int32_t *fds, const int64_t *offsets,
+                           const int64_t *addresses, const int64_t *lengths, int64_t n_blocks, int64_t n_ranges,
+                           uint64_t *values, uint8_t *moved) {
+    nx_job *job = calloc(1, sizeof *job);
+    if (!job)
+        return -ENOMEM;
+    nx_work_init(&job->work, turn != NULL, fds, fds, offsets, addresses, lengths, n_blocks, 1, 1, &job->stop);
+    job->run = nx_run_summed;
+    job->turn = turn;
+    job->n_ranges = n_ranges;
+    job->values = values;
+    job->moved = moved;
+    nx_enqueue(lanes, job, id, ways);
     return 0;
 }
 

@@ -76,6 +76,10 @@ class Blocks:
         """Return the blocks from `start` to `stop`."""
         return Blocks(self.region, self.offsets[start:stop], self.lengths[start:stop], self.block_nbytes)
 
+    def addresses(self) -> Array:
+        """Return where the ranges are in this process's memory; for blocks that are `readable`."""
+        return np.ascontiguousarray(self.offsets + self.region.address)
+
     def descriptor(self) -> Descriptor:
         """Describe all blocks in order."""
         if self.offsets.shape[1] == 1:

@@ -68,11 +68,12 @@ class Cascade:
 
     async def put(self, keys: Sequence[bytes], blocks: Blocks, *, durable: bool) -> list[Outcome]:
         """Put one chunk; `keys` may have some twice."""
-        first: dict[bytes, int] = {}
-        for at, key in enumerate(keys):
-            first.setdefault(key, at)
-        unique = list(first)
-        if len(unique) < len(keys):
+        unique = list(keys)
+        if len(set(keys)) < len(keys):
+            first: dict[bytes, int] = {}
+            for at, key in enumerate(keys):
+                first.setdefault(key, at)
+            unique = list(first)
             blocks = blocks.take(list(first.values()))
         if self.memory is not None:
             found = await self._put_memory(self.memory, unique, blocks, durable)
@@ -92,10 +93,10 @@ class Cascade:
             memory.counters.errors += len(keys)
             return [Outcome(error=error)] * len(keys)
         done = Outcome(memory.name, ok=True)
-        entries: list[Entry] = list(zip(keys, slots, strict=True))
         if not self.lower:
-            self._release(entries)
+            memory.unpin(slots)
             return [done] * len(keys)
+        entries: list[Entry] = list(zip(keys, slots, strict=True))
         if durable:
             try:
                 found = await self._put_lower(keys, memory.blocks(slots), True)
@@ -112,30 +113,34 @@ class Cascade:
     async def _fill_memory(self, memory: MemoryTier, keys: list[bytes], blocks: Blocks) -> list[int]:
         """Bring blocks into memory; return their slots, pinned. What is there already is not copied."""
         for attempt in range(ATTEMPTS):
-            known = memory.known
-            new = [at for at, key in enumerate(keys) if attempt == ATTEMPTS - 1 or key not in known]
+            new = list(range(len(keys))) if attempt == ATTEMPTS - 1 else memory.missing(keys)
             taken = await memory.take(len(new)) if new else []
-            fresh = set(new)
+            if len(new) == len(keys):
+                break
+            fresh, known = set(new), memory.known
             if all(at in fresh or key in known for at, key in enumerate(keys)):
                 break
             # Some were evicted to make room for the others; nothing may be pinned while waiting for room.
             memory.give(taken)
-        slots = [-1] * len(keys)
-        old = [at for at in range(len(keys)) if at not in fresh]
-        for at, slot in zip(old, memory.pin([keys[at] for at in old]), strict=True):
-            slots[at] = slot
+        old = [] if len(new) == len(keys) else [at for at in range(len(keys)) if at not in fresh]
+        held = memory.pin([keys[at] for at in old])
         if new:
+            mine = keys if not old else [keys[at] for at in new]
             try:
-                source = blocks if len(new) == len(keys) else blocks.take(new)
-                await self._context.agent.transfer(source.descriptor(), memory.blocks(taken).descriptor())
+                source = blocks.take(new) if old else blocks
+                await self._context.copy(source, memory.blocks(taken))
             except BaseException:
                 memory.give(taken)
-                memory.unpin([slots[at] for at in old])
+                memory.unpin(held)
                 raise
-            memory.fill([keys[at] for at in new], taken)
+            memory.fill(mine, taken)
             memory.counters.written += len(new)
             memory.counters.nbytes_written += len(new) * self._context.block_nbytes
-            for at, slot in zip(new, taken, strict=True):
+        if not old:
+            return taken
+        slots = [-1] * len(keys)
+        for places, found in ((old, held), (new, taken)):
+            for at, slot in zip(places, found, strict=True):
                 slots[at] = slot
         return slots
 
@@ -145,7 +150,7 @@ class Cascade:
         slots = await self._staging.take(len(keys))
         try:
             staged = self._staging.blocks(slots)
-            await self._context.agent.transfer(blocks.descriptor(), staged.descriptor())
+            await self._context.copy(blocks, staged)
             return await self._put_lower(keys, staged, durable)
         except TransferError as error:
             return [Outcome(error=error)] * len(keys)
@@ -157,9 +162,12 @@ class Cascade:
         found = [MISS] * len(keys)
         left = list(range(len(keys)))
         for at, tier in enumerate(self.lower):
-            mine = [keys[one] for one in left]
-            failures = await tier.write(mine, blocks if len(left) == len(keys) else blocks.take(left), durable=durable)
+            whole = len(left) == len(keys)
+            mine = keys if whole else [keys[one] for one in left]
+            failures = await tier.write(mine, blocks if whole else blocks.take(left), durable=durable)
             good = Outcome(tier.name, ok=True)
+            if whole and at + 1 == len(self.lower) and not any(failures):
+                return [good] * len(keys)
             failed = []
             for one, error in zip(left, failures, strict=True):
                 found[one] = good if error is None else Outcome(error=error)
@@ -245,13 +253,13 @@ class Cascade:
             if not left:
                 break
             try:
-                here = await tier.find([keys[one] for one in left])
+                here = await tier.find(keys if len(left) == len(keys) else [keys[one] for one in left])
             except TransferError as error:
                 tier.counters.errors += 1
                 for one in left:
                     found[one] = Outcome(error=error)
                 continue
-            mine = [one for one, is_here in zip(left, here, strict=True) if is_here]
+            mine = left if all(here) else [one for one, is_here in zip(left, here, strict=True) if is_here]
             if mine:
                 await self._get_lower(at, keys, blocks, mine, found)
                 left = [one for one in left if not found[one].ok and not (found[one].tier and found[one].error)]
@@ -265,7 +273,7 @@ class Cascade:
         slots = memory.pin([keys[at] for at in mine])
         try:
             target = blocks if len(mine) == len(keys) else blocks.take(mine)
-            await self._context.agent.transfer(memory.blocks(slots).descriptor(), target.descriptor())
+            await self._context.copy(memory.blocks(slots), target)
             outcome = Outcome(memory.name, ok=True)
             memory.counters.hits += len(mine)
             memory.counters.nbytes_read += len(mine) * self._context.block_nbytes
@@ -288,7 +296,8 @@ class Cascade:
                 which = which[len(slots) :]
         if not which:
             return
-        mine, target = [keys[one] for one in which], blocks.take(which)
+        whole = len(which) == len(keys)
+        mine, target = (list(keys), blocks) if whole else ([keys[one] for one in which], blocks.take(which))
         if target.readable:
             good = self._settle(at, which, await self.lower[at].read(mine, target), found)
             if at and good and memory is None and self._promote:
@@ -318,7 +327,7 @@ class Cascade:
         places = [place for place, one in enumerate(which) if one in good]
         if places:
             try:
-                await self._context.agent.transfer(staged.take(places).descriptor(), target.take(places).descriptor())
+                await self._context.copy(staged.take(places), target.take(places))
             except TransferError as error:
                 for place in places:
                     found[which[place]] = Outcome(self.lower[at].name, error)
@@ -360,6 +369,10 @@ class Cascade:
         """Note what reading from tier `at` came to; return those that are good."""
         tier = self.lower[at]
         right = Outcome(tier.name, ok=True)
+        if len(which) == len(found) and not any(failures) and found.count(MISS) == len(found):
+            found[:] = [right] * len(found)
+            tier.counters.hits += len(found)
+            return which
         good = []
         for one, error in zip(which, failures, strict=True):
             if error is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-import threading
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from nixl_async.backend import quiesce
+from nixl_async.fileio import FileEngine, SummedBlocks
 from nixl_async.memory import MemoryRegion
+from nixl_async.native import ffi
 from nixl_async.tiers.blocks import Blocks
-from nixl_async.tiers.checksums import CRC64NVME, NONE, SummedMove, checksum_blocks
+from nixl_async.tiers.checksums import CRC64NVME, NONE, checksum_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nixl_async.agent import Agent
+    from nixl_async.descriptors import Array
 
 T = TypeVar("T")
 U = TypeVar("U")
 N_THREADS = 2
+MOST_LANES = 4
+LANE_NBYTES = 2 << 20
+"""What is worth one more thread that copies."""
 
 
 class Context:
@@ -36,6 +42,8 @@ class Context:
         self.kind = CRC64NVME if checksum else NONE
         self.verify = verify
         self._threads = ThreadPoolExecutor(N_THREADS, thread_name_prefix=f"nixl-tiers-{agent.name}")
+        # They have nothing to do with io_uring: what is not in memory is the agent's.
+        self._lanes = FileEngine(f"nixl-tiers-{agent.name}", max(2, min(MOST_LANES, os.cpu_count() or 1)), "threads")
         self._device = ThreadPoolExecutor(1, thread_name_prefix=f"nixl-tiers-device-{agent.name}")
 
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -77,23 +85,29 @@ class Context:
 
         return await self.on_thread(work)
 
-    async def summed(self, move: SummedMove, n_threads: int, then: Callable[[], T]) -> T:
-        """Carry out a `SummedMove`, and return what `then()` returned, which ran on the thread that ended last."""
-        loop, lock = asyncio.get_running_loop(), threading.Lock()
-        left = n_threads
-        found: list[T] = []
+    async def summed(self, blocks: SummedBlocks, turn: Any = None) -> None:
+        """Read blocks out of the page cache, or with a `turn` write them into it, and sum them up; `blocks.moved` tells which."""
+        # Those that write would only wait for each other.
+        ways = 1 if turn is not None else len(blocks.fds) * self.block_nbytes // LANE_NBYTES
+        await self._lanes.summed(ffi.NULL if turn is None else turn, blocks, ways)
 
-        def work() -> None:
-            nonlocal left
-            move.run()
-            with lock:
-                left -= 1
-                if left:
-                    return
-            found.append(then())
-
-        await quiesce(asyncio.gather(*(loop.run_in_executor(self._threads, work) for _ in range(n_threads))), move.stop)
-        return found[0]
+    async def copy(self, source: Blocks, target: Blocks) -> None:
+        """Copy blocks from memory to memory: at once where both are this process's, else by the agent, which also tells errors."""
+        pieces = None
+        if source.readable and target.readable and not target.region.readonly:
+            pieces = _pieces(source, target)
+        if pieces is None:
+            await self.agent.transfer(source.descriptor(), target.descriptor())
+            return
+        source.region.check_usable()
+        target.region.check_usable()
+        source.region.hold()
+        target.region.hold()
+        try:
+            await self._lanes.copy(*pieces, len(source) * self.block_nbytes // LANE_NBYTES)
+        finally:
+            source.region.release()
+            target.region.release()
 
     def _check(
         self,
@@ -121,8 +135,23 @@ class Context:
 
     def close(self) -> None:
         """End the threads; nothing may run on them."""
+        self._lanes.close()
         self._threads.shutdown()
         self._device.shutdown()
+
+
+def _pieces(source: Blocks, target: Blocks) -> tuple[Array, Array, Array] | None:
+    """Return where to, where from and how much, for each piece of both; `None` if they are cut in different ways."""
+    at, to = source.addresses(), target.addresses()
+    cut = source if at.shape[1] > 1 else target
+    lengths = cut.lengths
+    if at.shape[1] == 1:
+        at = at + (np.cumsum(lengths, axis=1) - lengths)
+    elif to.shape[1] == 1:
+        to = to + (np.cumsum(lengths, axis=1) - lengths)
+    elif not np.array_equal(source.lengths, target.lengths):
+        return None
+    return np.ascontiguousarray(to).ravel(), np.ascontiguousarray(at).ravel(), np.ascontiguousarray(lengths).ravel()
 
 
 async def together(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:

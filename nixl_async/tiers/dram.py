@@ -26,11 +26,12 @@ class MemoryTier:
         self._context, self._ttl = context, options.ttl
         self._slot_of: dict[bytes, int] = {}
         self._key_of: list[bytes | None] = [None] * self.n_slots
+        """The key of each slot that is filled, and pinned or idle; that of another slot means nothing."""
         self._stored = [0.0] * self.n_slots
         self._pins = [0] * self.n_slots
         self._free = list(range(self.n_slots - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        """The slots with a block and without a pin, the least recently used first."""
+        self._idle: OrderedDict[int, bytes] = OrderedDict()
+        """The slots with a block and without a pin, and their keys, the least recently used first."""
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
         self._slots: Slots
@@ -71,74 +72,79 @@ class MemoryTier:
         return [] if self._turn.locked() else self._take(min(n, self.n_obtainable))
 
     def _take(self, n: int) -> list[int]:
-        for _ in range(n - len(self._free)):
-            slot, _ = self._idle.popitem(last=False)
-            self._empty(slot)
-            self._free.append(slot)
-            self.counters.evictions += 1
-        taken = self._free[len(self._free) - n :]
-        del self._free[len(self._free) - n :]
+        free = self._free
+        if len(free) < n:
+            pop, slot_of = self._idle.popitem, self._slot_of
+            evicted = [pop(last=False) for _ in range(n - len(free))]
+            for _, key in evicted:
+                del slot_of[key]
+            free += [slot for slot, _ in evicted]
+            self.counters.evictions += len(evicted)
+        taken = free[len(free) - n :]
+        del free[len(free) - n :]
         return taken
-
-    def _empty(self, slot: int) -> None:
-        key = self._key_of[slot]
-        self._key_of[slot] = None
-        if key is not None and self._slot_of.get(key) == slot:
-            del self._slot_of[key]
 
     def give(self, slots: Iterable[int]) -> None:
         """Give back slots that were taken and not filled."""
         self._free.extend(slots)
         self._room.set()
 
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """Return the places of the keys that are not known."""
+        known = self.known
+        return [at for at, key in enumerate(keys) if key not in known]
+
     def fill(self, keys: Sequence[bytes], slots: Sequence[int]) -> None:
-        """Make known blocks whose bytes are in slots that were taken; the slots are pinned once."""
-        now = time.time()
+        """Make known blocks whose bytes are in slots that were taken, each key once; the slots are pinned once."""
+        slot_of, key_of, pins = self._slot_of, self._key_of, self._pins
+        if not slot_of.keys().isdisjoint(keys):
+            # Other calls were faster, or their time is over. The bytes are the same; these are the younger.
+            self._forget([key for key in keys if key in slot_of])
         for key, slot in zip(keys, slots, strict=True):
-            other = self._slot_of.get(key)
-            if other is not None:
-                # Another call was faster, or its time is over. The bytes are the same; this one is the younger.
-                self._empty(other)
-                if self._pins[other] == 0:
-                    del self._idle[other]
-                    self._free.append(other)
-            self._slot_of[key] = slot
-            self._key_of[slot] = key
-            self._stored[slot] = now
-            self._pins[slot] = 1
+            slot_of[key] = slot
+            key_of[slot] = key
+            pins[slot] = 1
+        if self._ttl is not None:
+            now, stored = time.time(), self._stored
+            for slot in slots:
+                stored[slot] = now
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
         """Return the slots of keys that are known, each pinned once more."""
-        found = []
-        for key in keys:
-            slot = self._slot_of[key]
-            if self._pins[slot] == 0:
-                del self._idle[slot]
-            self._pins[slot] += 1
-            found.append(slot)
-        return found
+        slot_of, pins, idle = self._slot_of, self._pins, self._idle
+        slots = [slot_of[key] for key in keys]
+        for slot in slots:
+            if not pins[slot]:
+                del idle[slot]
+            pins[slot] += 1
+        return slots
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Take back one pin of each slot; those without any are the most recently used."""
+        pins, key_of, idle = self._pins, self._key_of, self._idle
         for slot in slots:
-            self._pins[slot] -= 1
-            if self._pins[slot] == 0:
-                if self._key_of[slot] is None:
+            left = pins[slot] = pins[slot] - 1
+            if not left:
+                key = key_of[slot]
+                if key is None:
                     self._free.append(slot)
                 else:
-                    self._idle[slot] = None
+                    idle[slot] = key
         self._room.set()
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Forget blocks; those that are not there are no error."""
+        self._forget(keys)
+        self._room.set()
+
+    def _forget(self, keys: Iterable[bytes]) -> None:
         for key in keys:
-            slot = self._slot_of.get(key)
+            slot = self._slot_of.pop(key, None)
             if slot is not None:
-                self._empty(slot)
+                self._key_of[slot] = None
                 if self._pins[slot] == 0:
                     del self._idle[slot]
                     self._free.append(slot)
-        self._room.set()
 
     def sweep(self) -> None:
         """Forget what has outlived its time to live."""

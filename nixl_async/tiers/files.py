@@ -23,7 +23,8 @@ from nixl_async.errors import IntegrityError, NixlError
 from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.checksums import NONE
 from nixl_async.tiers.context import Context, heard
-from nixl_async.tiers.index import Index, Row, Stored
+from nixl_async.tiers.groups import NOTHING, Row, Stored
+from nixl_async.tiers.index import Index
 from nixl_async.tiers.moves import CheckedMoves
 from nixl_async.tiers.options import Files
 from nixl_async.tiers.reservations import Reservations
@@ -63,7 +64,7 @@ class FileTier(LowerTier):
         self._segments = Segments(context, self._index, direct=options.direct)
         self._moves = CheckedMoves(context, self._segments, cached=not options.direct)
         self._refreshing: asyncio.Task[None] | None = None
-        self._waiting: list[tuple[list[Stored], list[int], bool, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Stored | None, bool, asyncio.Future[None]]] = []
         self._committing: asyncio.Task[None] | None = None
         self._last_touch = time.monotonic()
 
@@ -130,8 +131,8 @@ class FileTier(LowerTier):
         await asyncio.shield(self._refreshing)
 
     async def _refresh(self) -> None:
-        rows = await self._on(self._reader, self._look)
-        await self._apply(rows)
+        if self._peek() is None:
+            await self._apply(await self._on(self._reader, self._look))
 
     async def _apply(self, rows: list[Row]) -> None:
         for at in range(0, len(rows), APPLIED_AT_ONCE):
@@ -160,16 +161,18 @@ class FileTier(LowerTier):
         which = np.flatnonzero(slots >= 0)
         if not len(which):
             return [MISSING] * len(keys)
-        which = which[np.argsort(slots[which], kind="stable")]
-        slots, target = slots[which], blocks.take(which)
-        mine = [keys[at] for at in which.tolist()]
+        mine, target = list(keys), blocks
+        if len(which) < len(keys) or (slots[1:] < slots[:-1]).any():
+            which = which[np.argsort(slots[which], kind="stable")]
+            slots, target = slots[which], blocks.take(which)
+            mine = [keys[at] for at in which.tolist()]
         generations, sums, kinds = table.generation[slots], table.checksum[slots], table.kind[slots]
-        np.add.at(table.pins, slots, 1)
+        table.pin(slots)
         try:
-            errors, good, rows = await self._moves.read(mine, slots, target, sums, kinds, self._look)
+            errors, good, rows = await self._moves.read(mine, slots, target, sums, kinds, self._look, self._peek)
             await self._apply(rows)
         finally:
-            np.subtract.at(table.pins, slots, 1)
+            table.unpin(slots)
         right = good & table.full[slots] & (table.generation[slots] == generations)
         n_read = int(np.count_nonzero(right))
         if n_read == len(keys) and not any(errors):
@@ -185,6 +188,10 @@ class FileTier(LowerTier):
         """Ask the index, on any thread, what changed since what is taken in."""
         with self._looking:
             return self._index.changes(self._change)
+
+    def _peek(self) -> list[Row] | None:
+        """As `_look`, on the loop; `None` if that is not enough."""
+        return [] if self._index.glance() == self._change else None
 
     async def _settle(
         self, keys: Sequence[bytes], which: Array, slots: Array, generations: Array, errors: Failures, good: NDArray[np.bool_]
@@ -211,7 +218,7 @@ class FileTier(LowerTier):
                 n_read += 1
         if bad:
             self.counters.corrupt += len(bad)
-            await self._drop(bad)
+            await self._drop(*np.array(bad, np.int64).T)
         return failures, n_read
 
     # Writing.
@@ -223,14 +230,14 @@ class FileTier(LowerTier):
         known = self.known
         new: dict[bytes, int] = {}
         for at, key in enumerate(keys):
-            if key not in known:
-                new.setdefault(key, at)
+            if key not in known and key not in new:
+                new[key] = at
         if durable and len(new) < len(keys):
             old = {at: key for at, key in enumerate(keys) if key not in new and key in table.slot_of}
             try:
                 # They may have been stored without durability, and a commit with it covers those before.
                 await self._segments.sync(np.array([table.slot_of[key] for key in old.values()], np.int64))
-                await self._commit([], [], True)
+                await self._commit(None, True)
             except NixlError as error:
                 _spread(failures, keys, dict.fromkeys(old, error))
         todo = list(new.values())
@@ -246,43 +253,43 @@ class FileTier(LowerTier):
         return failures
 
     async def _write_part(
-        self, part: list[int], keys: Sequence[bytes], blocks: Blocks, reserved: list[tuple[int, int]], durable: bool
+        self, part: list[int], keys: Sequence[bytes], blocks: Blocks, reserved: Array, durable: bool
     ) -> dict[int, NixlError]:
-        reserved.sort()
-        slots = np.array([slot for slot, _ in reserved], np.int64)
-        mine = [keys[at] for at in part]
-        source = blocks.take(part)
+        slots = reserved[:, 0]
+        whole = len(part) == len(keys)
+        mine, source = (list(keys), blocks) if whole else ([keys[at] for at in part], blocks.take(part))
         kind = self._context.kind
         errors: dict[int, NixlError] = {}
-        given_up = False
+        held = reserved
         try:
             moved, sums = await self._moves.write(mine, slots, source)
-            good = [at for at, error in enumerate(moved) if error is None]
-            errors = {part[at]: error for at, error in enumerate(moved) if error is not None}
-            if durable and good:
-                await self._segments.sync(slots)
-            now = time.time()
-            signed = sums.view(np.int64).tolist()
-            stored = [Stored(reserved[at][0], mine[at], signed[at], kind, now) for at in good]
-            self._reservations.give(reserved[at] for at in range(len(part)) if moved[at] is not None)
-            given_up = True
-            # From here on the slots are the commit's, whatever becomes of this task.
-            await self._commit(stored, [reserved[at][1] for at in good], durable)
-            self.counters.written += len(good)
-            self.counters.nbytes_written += len(good) * self._context.block_nbytes
+            if any(moved):
+                errors = {part[at]: error for at, error in enumerate(moved) if error is not None}
+                good = np.array([error is None for error in moved])
+                self._reservations.give(reserved[~good])
+                held, sums = reserved[good], sums[good]
+                mine = [key for key, error in zip(mine, moved, strict=True) if error is None]
+            if mine:
+                if durable:
+                    await self._segments.sync(slots)
+                # From here on the slots are the commit's, whatever becomes of this task.
+                ready, held = held, NOTHING
+                stored = Stored(ready[:, 0], ready[:, 1], mine, sums, np.full(len(mine), time.time()), kind)
+                await self._commit(stored, durable)
+                self.counters.written += len(mine)
+                self.counters.nbytes_written += len(mine) * self._context.block_nbytes
         except NixlError as error:
             errors |= {at: error for at in part if at not in errors}
         finally:
-            if not given_up:
-                self._reservations.give(reserved)
+            self._reservations.give(held)
         self.counters.errors += len(errors)
         return errors
 
-    async def _commit(self, blocks: list[Stored], generations: list[int], durable: bool) -> None:
+    async def _commit(self, blocks: Stored | None, durable: bool) -> None:
         """Make blocks known; commits asked for at the same time share a transaction. It happens even if this is cancelled."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.add_done_callback(heard)
-        self._waiting.append((blocks, generations, durable, done))
+        self._waiting.append((blocks, durable, done))
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_all())
         await asyncio.shield(done)
@@ -291,39 +298,37 @@ class FileTier(LowerTier):
         try:
             while self._waiting:
                 batch, self._waiting = self._waiting, []
-                blocks = [block for part, _, _, _ in batch for block in part]
-                generations = [generation for _, part, _, _ in batch for generation in part]
+                blocks = Stored.joined([part for part, _, _ in batch if part is not None])
                 try:
-                    change = await self._on(
-                        self._writer, self._index.store, blocks, any(durable for _, _, durable, _ in batch)
-                    )
+                    change = await self._on(self._writer, self._index.store, blocks, any(durable for _, durable, _ in batch))
                 except NixlError as error:
-                    self._reservations.give(zip([block.slot for block in blocks], generations, strict=True))
-                    for _, _, _, done in batch:
+                    self._reservations.give(np.stack((blocks.slots, blocks.generations), axis=1))
+                    for _, _, done in batch:
                         done.set_exception(error)
                     continue
                 for at in range(0, len(blocks), APPLIED_AT_ONCE):
-                    self._table.store(blocks[at : at + APPLIED_AT_ONCE], generations[at : at + APPLIED_AT_ONCE])
                     if at:
                         await asyncio.sleep(0)
+                    self._table.store(blocks.part(at, at + APPLIED_AT_ONCE))
                 self._own_change(change)
-                for _, _, _, done in batch:
+                for _, _, done in batch:
                     done.set_result(None)
         finally:
             self._committing = None
 
     # Forgetting.
 
-    async def _drop(self, blocks: list[tuple[int, int]]) -> None:
-        await self._on(self._writer, self._index.drop, blocks)
+    async def _drop(self, slots: Array, generations: Array | None = None) -> None:
+        given = self._table.generation[slots] if generations is None else generations
+        await self._on(self._writer, self._index.drop, np.stack((slots, given), axis=1))
         await self.refresh()
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """Forget blocks; those that are not there are no error."""
         await self.refresh()
-        slots = [self._table.slot_of[key] for key in keys if key in self._table.slot_of]
+        slots = self._table.all_of(set(keys))
         if slots:
-            await self._drop([(slot, int(self._table.generation[slot])) for slot in slots])
+            await self._drop(np.array(slots, np.int64))
 
     async def sweep(self) -> None:
         """Forget what has outlived its time to live."""
@@ -332,16 +337,16 @@ class FileTier(LowerTier):
         slots = self._table.expired(self._options.ttl)
         if len(slots):
             self.counters.evictions += len(slots)
-            await self._drop(list(zip(slots.tolist(), self._table.generation[slots].tolist(), strict=True)))
+            await self._drop(slots)
 
     def _touch_later(self) -> None:
         """Tell the other processes now and then what this one reads, so that they do not evict it."""
         now = time.monotonic()
         if now - self._last_touch > TOUCH_SECONDS:
             self._last_touch = now
-            touched = self._table.take_touched()
-            if touched:
-                touching = asyncio.get_running_loop().run_in_executor(self._writer, self._index.touch, touched)
+            blocks, used = self._table.take_touched()
+            if len(blocks):
+                touching = asyncio.get_running_loop().run_in_executor(self._writer, self._index.touch, blocks, used)
                 touching.add_done_callback(heard)
 
     async def aclose(self) -> None:
@@ -352,12 +357,12 @@ class FileTier(LowerTier):
             await asyncio.wait([self._committing])
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])
-        touched = self._table.take_touched()
+        blocks, used = self._table.take_touched()
 
         def close() -> None:
             try:
-                if touched:
-                    self._index.touch(touched)
+                if len(blocks):
+                    self._index.touch(blocks, used)
             finally:
                 self._index.close(self._reservations.slots)
 

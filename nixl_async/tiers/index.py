@@ -1,7 +1,7 @@
 """The index of a directory of blocks: which block is in which slot, in SQLite, shared by the processes that use the directory.
 
-Everything here blocks: call it on a thread. A slot is FREE, RESERVED by a process that is about to write it, or FULL. What keeps
-wrong bytes from being served:
+Everything here blocks: call it on a thread. `groups.py` has the form of what is kept of a slot: it is FREE, RESERVED by a process
+that is about to write it, or FULL. What keeps wrong bytes from being served:
 
 * A slot becomes FULL in a transaction that follows the writing of its bytes (and their fdatasync, where that was asked for).
 * A slot that is FULL becomes RESERVED, its generation counted up, in a transaction that comes before it is written again. Whoever
@@ -17,59 +17,34 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nixl_async.errors import BackendError, ConfigurationError, OutOfSpace
+from nixl_async.tiers.groups import FREE, FULL, GROUP_SLOTS, NEVER, NOTHING, PAGE_NBYTES, RESERVED, SCHEMA, Groups, Row, Stored
 from nixl_async.tiers.owners import Owners
 from nixl_async.tiers.sqlite_errors import sqlite_mapped
 
-VERSION = 1
-FREE, RESERVED, FULL = 0, 1, 2
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nixl_async.descriptors import Array
+
+VERSION = 2
 BUSY_SECONDS = 30.0
 QUARANTINE_SECONDS = 1.0
 """How long a dead process's reserved slots are left alone."""
-ROWS_AT_ONCE = 512
-"""Rows that one statement updates; SQLite takes 32766 parameters."""
 SQLITE_NEEDED = (3, 35, 0)
 
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE owners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL);
-CREATE TABLE slots (
-    slot INTEGER PRIMARY KEY, state INTEGER NOT NULL, generation INTEGER NOT NULL, owner INTEGER,
-    key BLOB, checksum INTEGER, kind INTEGER, stored REAL, used REAL, change INTEGER
-);
-CREATE INDEX changed ON slots (change) WHERE change IS NOT NULL;
-CREATE INDEX free ON slots (slot) WHERE state = 0;
+{SCHEMA}
 """
-_ROW = "slot, state, generation, key, checksum, kind, stored, used, change"
-
-
-class Row(NamedTuple):
-    """A slot as it is in the index; `checksum` is signed, as SQLite has it."""
-
-    slot: int
-    state: int
-    generation: int
-    key: bytes | None
-    checksum: int
-    kind: int
-    stored: float
-    used: float
-    change: int
-
-
-class Stored(NamedTuple):
-    """A block whose bytes are in place, to be made known."""
-
-    slot: int
-    key: bytes
-    checksum: int
-    kind: int
-    stored: float
 
 
 class Index:
@@ -87,6 +62,7 @@ class Index:
         self._owners = Owners(self.directory)
         self._write: Any = None
         self._read: Any = None
+        self._glance: Any = None
 
     def segment_path(self, number: int) -> str:
         """Return the path of a segment file."""
@@ -110,7 +86,7 @@ class Index:
             try:
                 self._open(path, alone)
             except sqlite3.DatabaseError as error:
-                self.close([])
+                self.close(NOTHING[:, 0])
                 if isinstance(error, sqlite3.OperationalError) or not alone:
                     raise
                 # Blocks can be made again, and a wrong index must not be used: begin anew, keep the old one to look at.
@@ -121,22 +97,27 @@ class Index:
                         os.unlink(f"{path}{name}")
                 self._open(path, alone)
             except BaseException:
-                self.close([])
+                self.close(NOTHING[:, 0])
                 raise
             try:
                 self._join()
                 self._check_segments()
-                change = self.latest()
-                found = self._read.execute(f"SELECT {_ROW} FROM slots WHERE state = {FULL} ORDER BY stored")
-                return [Row(*row) for row in found], change
+                with self._snapshot():
+                    change, found = self.latest(), []
+                    for groups in Groups.each(self._read):
+                        found += groups.rows(self._read, np.flatnonzero(groups.records["state"] == FULL))
+                found.sort(key=lambda row: row.stored)
+                return found, change
             except BaseException:
-                self.close([])
+                self.close(NOTHING[:, 0])
                 raise
 
     def _open(self, path: Path, alone: bool) -> None:
         self._write = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         self._read = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        for connection in (self._write, self._read):
+        self._glance = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
+        for connection in (self._write, self._read, self._glance):
+            connection.execute(f"PRAGMA page_size = {PAGE_NBYTES}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
         self._write.execute("PRAGMA wal_autocheckpoint = 4000")
@@ -144,6 +125,13 @@ class Index:
             found = self._write.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(f"quick_check: {found}")
+        self._make_ready(alone)
+        if alone:
+            with self._snapshot():
+                for _ in Groups.each(self._read):
+                    pass  # Each has its checksum, or this raises.
+
+    def _make_ready(self, alone: bool) -> None:
         block_nbytes, nbytes, segment_nbytes = self._wanted
         with self._transaction():
             if not self._write.execute("SELECT count(*) FROM sqlite_master WHERE name = 'meta'").fetchone()[0]:
@@ -172,9 +160,16 @@ class Index:
                         f"{self.directory} is in use with room for {meta['n_slots']} blocks, asked for are {self.n_slots}:"
                         " a directory can be made smaller only by the first process that opens it"
                     )
-                self._write.execute("DELETE FROM slots WHERE slot >= ?", (self.n_slots,))
+                self._shrink()
                 self._set("high", min(meta["high"], self.n_slots))
             self._set("n_slots", self.n_slots)
+
+    def _shrink(self) -> None:
+        """Forget the slots that there is no longer room for, within a transaction."""
+        self._write.execute("DELETE FROM groups WHERE number >= ?", (-(-self.n_slots // GROUP_SLOTS),))
+        last = Groups.of(self._write, np.array([self.n_slots]))
+        last.records[last.slots >= self.n_slots] = NEVER
+        last.save(self._write)
 
     def _set(self, name: str, value: int) -> None:
         self._write.execute("UPDATE meta SET value = ? WHERE name = ?", (value, name))
@@ -200,13 +195,12 @@ class Index:
                     held = 0
                 first = number * self.segment_slots
                 if held < self.segment_slots:
-                    self.recovered += self._write.execute(
-                        f"UPDATE slots SET state = {FREE}, key = NULL, generation = generation + 1, used = 0, change = ?"
-                        f" WHERE slot >= ? AND slot < ? AND state = {FULL}",
-                        (self._next_change(), first + held, first + self.segment_slots),
-                    ).rowcount
+                    groups = Groups.of(self._write, np.arange(first + held, first + self.segment_slots))
+                    slots, records = groups.slots, groups.records
+                    lost = (slots >= first + held) & (slots < first + self.segment_slots) & (records["state"] == FULL)
+                    self.recovered += self._free(groups, np.flatnonzero(lost))
 
-    def close(self, slots: Sequence[int]) -> None:
+    def close(self, slots: Array) -> None:
         """Give back reserved slots and leave."""
         try:
             if self._owners.joined:
@@ -214,7 +208,7 @@ class Index:
                     self.release(slots)
                     self._write.execute("DELETE FROM owners WHERE id = ?", (self.owner,))
         finally:
-            for connection in (self._read, self._write):
+            for connection in (self._glance, self._read, self._write):
                 if connection is not None:
                     connection.close()
             self._owners.leave()
@@ -225,10 +219,13 @@ class Index:
         for (owner,) in self._write.execute("SELECT id FROM owners").fetchall():
             if owner == self.owner or not self._owners.is_dead(owner):
                 continue
-            freed += self._write.execute(
-                f"UPDATE slots SET state = {FREE}, owner = NULL, used = ? WHERE owner = ? AND state = {RESERVED}",
-                (time.time() + QUARANTINE_SECONDS, owner),
-            ).rowcount
+            for groups in Groups.each(self._write, "reserved > 0"):
+                records = groups.records
+                dead = (records["state"] == RESERVED) & (records["owner"] == owner)
+                records["state"][dead] = FREE
+                records["used"][dead] = time.time() + QUARANTINE_SECONDS
+                groups.save(self._write)
+                freed += int(np.count_nonzero(dead))
             self._write.execute("DELETE FROM owners WHERE id = ?", (owner,))
             self._owners.forget(owner)
         return freed
@@ -248,35 +245,38 @@ class Index:
             raise
         self._write.execute("COMMIT")
 
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """Have all that is read on the reading connection be of one moment."""
+        self._read.execute("BEGIN")
+        try:
+            yield
+        finally:
+            # Nothing was written; after an error there may be none.
+            with suppress(sqlite3.Error):
+                self._read.execute("ROLLBACK")
+
     def _next_change(self) -> int:
         found = self._write.execute("UPDATE meta SET value = value + 1 WHERE name = 'change' RETURNING value").fetchone()
         return int(found[0])
 
-    def _update(self, columns: str, rows: Iterable[tuple[Any, ...]], what: str, where: str, given: tuple[Any, ...]) -> int:
-        """Update the slots that `rows` name, many by one statement; return how many were updated.
+    def _free(self, groups: Groups, which: Array) -> int:
+        """Forget the blocks of the records at `which`, within a transaction; return how many."""
+        if len(which):
+            records, change = groups.records, self._next_change()
+            records["state"][which] = FREE
+            records["generation"][which] += 1
+            records["used"][which] = 0.0
+            records["change"][which] = change
+            groups.save(self._write, change)
+        return len(which)
 
-        The interpreter is locked and unlocked for each statement, and a loop that is busy makes each of those slow.
-        """
-        left, done = list(rows), 0
-        mark = f"({', '.join('?' * len(columns.split(',')))})"
-        for at in range(0, len(left), ROWS_AT_ONCE):
-            part = left[at : at + ROWS_AT_ONCE]
-            self._write.execute(
-                f"WITH new ({columns}) AS (VALUES {', '.join([mark] * len(part))})"
-                f" UPDATE slots SET {what} FROM new WHERE slots.slot = new.slot AND {where}",
-                [*(value for row in part for value in row), *given],
-            )
-            done += self._write.execute("SELECT changes()").fetchone()[0]
-        return done
-
-    def reserve(
-        self, n: int, victims: Callable[[], Iterable[tuple[int, int]]], durable: bool = False
-    ) -> tuple[list[tuple[int, int]], list[int], int]:
+    def reserve(self, n: int, victims: Callable[[], Array], durable: bool = False) -> tuple[Array, Array, int]:
         """Reserve up to `n` slots: free ones, then ones never used; if there are none, all of `victims`, (slot, generation).
 
-        Return the slots with their generations, those of them that were taken from blocks, and the change (0: nothing was taken).
-        `durable`: return once that is on the device, without which the end of the machine can leave a block known whose slot was
-        written again. Its checksum tells.
+        Return the slots with their generations, in order, those slots that were taken from blocks, and the change (0: nothing was
+        taken). `durable`: return once that is on the device, without which the end of the machine can leave a block known whose
+        slot was written again. Its checksum tells.
 
         Raises:
             OutOfSpace: not one slot can be had.
@@ -284,51 +284,71 @@ class Index:
         with sqlite_mapped("reserving slots", str(self.directory)), self._transaction(durable):
             got = self._reserve_free(n)
             if len(got) < n:
-                got += self._reserve_fresh(n - len(got))
-            taken: list[int] = []
-            change = 0
-            if not got:
+                got = np.concatenate((got, self._reserve_fresh(n - len(got))))
+            taken, change = NOTHING[:, 0], 0
+            if not len(got):
                 change = self._next_change()
-                self._update(
-                    "slot, generation",
-                    victims(),
-                    f"state = {RESERVED}, owner = ?, generation = slots.generation + 1, key = NULL, change = ?",
-                    f"slots.generation = new.generation AND slots.state = {FULL}",
-                    (self.owner, change),
-                )
-                got = self._write.execute("SELECT slot, generation FROM slots WHERE change = ?", (change,)).fetchall()
-                taken = [slot for slot, _ in got]
-            if not got and self._bury():
+                got = self._reserve_full(victims(), change)
+                taken = got[:, 0]
+            if not len(got) and self._bury():
                 got = self._reserve_free(n)
-            if not got:
+            if not len(got):
                 raise OutOfSpace(
                     f"all {self.n_slots} slots of {self.directory} are being written or read; give the tier more bytes",
                     backend="tiers",
                 )
-            return got, taken, change
+            return got[np.argsort(got[:, 0])], taken, change
 
-    def _reserve_free(self, n: int) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = self._write.execute(
-            f"UPDATE slots SET state = {RESERVED}, owner = ?, generation = generation + 1 WHERE slot IN"
-            f" (SELECT slot FROM slots WHERE state = {FREE} AND used <= ? AND slot < ? LIMIT ?) RETURNING slot, generation",
-            (self.owner, time.time(), self.n_slots, n),
-        ).fetchall()
-        return found
+    def _take(self, groups: Groups, which: Array) -> Array:
+        """Reserve the records at `which`; return the slots with their generations."""
+        records = groups.records
+        records["state"][which] = RESERVED
+        records["owner"][which] = self.owner
+        records["generation"][which] += 1
+        return np.stack((groups.slots[which], records["generation"][which]), axis=1)
 
-    def _reserve_fresh(self, n: int) -> list[tuple[int, int]]:
+    def _reserve_free(self, n: int) -> Array:
+        got, now = [NOTHING], time.time()
+        for groups in Groups.each(self._write, "free > 0"):
+            records = groups.records
+            free = (records["state"] == FREE) & (records["used"] <= now) & (groups.slots < self.n_slots)
+            got.append(self._take(groups, np.flatnonzero(free)[: n - sum(map(len, got))]))
+            groups.save(self._write)
+            if sum(map(len, got)) == n:
+                break
+        return np.concatenate(got)
+
+    def _reserve_fresh(self, n: int) -> Array:
         high = self._get("high")
         stop = min(high + n, self.n_slots)
         if stop <= high:
-            return []
+            return NOTHING
         self._set("high", stop)
-        self._write.execute(
-            "WITH RECURSIVE fresh (slot) AS (SELECT ? UNION ALL SELECT slot + 1 FROM fresh WHERE slot + 1 < ?)"
-            f" INSERT INTO slots (slot, state, generation, owner) SELECT slot, {RESERVED}, 1, ? FROM fresh",
-            (high, stop, self.owner),
-        )
-        return [(slot, 1) for slot in range(high, stop)]
+        Groups.add(self._write, high, stop)
+        groups = Groups.of(self._write, np.arange(high, stop))
+        slots = groups.slots
+        got = self._take(groups, np.flatnonzero((slots >= high) & (slots < stop)))
+        groups.save(self._write)
+        return got
 
-    def store(self, blocks: Sequence[Stored], durable: bool) -> int:
+    def _reserve_full(self, victims: Array, change: int) -> Array:
+        groups, which = self._still(victims)
+        groups.records["change"][which] = change
+        got = self._take(groups, which)
+        groups.save(self._write, change)
+        return got
+
+    def _still(self, blocks: Array) -> tuple[Groups, Array]:
+        """Return the groups of blocks, (slot, generation), and where those of them are that are still these."""
+        slots, generations = blocks[:, 0], blocks[:, 1]
+        groups = Groups.of(self._write, slots)
+        at, there = groups.find(slots)
+        if not there.all():
+            at, generations = at[there], generations[there]
+        records = groups.records[at]
+        return groups, at[(records["state"] == FULL) & (records["generation"] == generations)]
+
+    def store(self, blocks: Stored, durable: bool) -> int:
         """Make blocks known whose bytes are in reserved slots; return the change. `durable`: return once that is on the device.
 
         Raises:
@@ -337,59 +357,73 @@ class Index:
         with sqlite_mapped("storing blocks", str(self.directory)):
             with self._transaction(durable):
                 change = self._next_change()
-                done = self._update(
-                    "slot, key, checksum, kind, stored",
-                    blocks,
-                    f"state = {FULL}, owner = NULL, key = new.key, checksum = new.checksum, kind = new.kind, stored = new.stored,"
-                    " used = new.stored, change = ?",
-                    f"slots.owner = {self.owner} AND slots.state = {RESERVED}",
-                    (change,),
-                )
-                if done != len(blocks):
+                groups = Groups.of(self._write, blocks.slots)
+                at, there = groups.find(blocks.slots)
+                records = groups.records
+                mine = there & (records["state"][at] == RESERVED) & (records["owner"][at] == self.owner)
+                mine &= records["generation"][at] == blocks.generations
+                if not mine.all():
                     raise BackendError(
-                        f"{len(blocks) - done} of {len(blocks)} slots of {self.directory} were taken from this process",
+                        f"{np.count_nonzero(~mine)} of {len(blocks)} slots of {self.directory} were taken from this process",
                         backend="tiers",
                     )
+                values = {"state": FULL, "checksum": blocks.checksums, "kind": blocks.kind, "change": change}
+                for name, value in (values | {"stored": blocks.stored, "used": blocks.stored}).items():
+                    records[name][at] = value
+                groups.set_keys(self._write, at, blocks.slots, blocks.keys)
+                groups.save(self._write, change)
             return change
 
-    def release(self, slots: Sequence[int]) -> None:
+    def release(self, slots: Array) -> None:
         """Give reserved slots back."""
-        if slots:
+        if len(slots):
             with self._transaction():
-                self._write.executemany(
-                    f"UPDATE slots SET state = {FREE}, owner = NULL, used = 0 WHERE slot = ? AND owner = ? AND state = {RESERVED}",
-                    [(slot, self.owner) for slot in slots],
-                )
+                groups = Groups.of(self._write, slots)
+                at, there = groups.find(slots)
+                records = groups.records
+                mine = at[there & (records["state"][at] == RESERVED) & (records["owner"][at] == self.owner)]
+                records["state"][mine] = FREE
+                records["used"][mine] = 0.0
+                groups.save(self._write)
 
-    def drop(self, blocks: Sequence[tuple[int, int]]) -> int:
+    def drop(self, blocks: Array) -> int:
         """Forget blocks, (slot, generation), that are still these; return the change."""
         with sqlite_mapped("dropping blocks", str(self.directory)), self._transaction():
-            change = self._next_change()
-            self._write.executemany(
-                f"UPDATE slots SET state = {FREE}, key = NULL, generation = generation + 1, used = 0, change = ?"
-                f" WHERE slot = ? AND generation = ? AND state = {FULL}",
-                [(change, slot, generation) for slot, generation in blocks],
-            )
-            return change
+            self._free(*self._still(blocks))
+            return self._get("change")
 
-    def touch(self, blocks: Sequence[tuple[int, int, float]]) -> int:
-        """Note when blocks, (slot, generation, time), were last used; return the change."""
+    def touch(self, blocks: Array, used: NDArray[np.float64]) -> int:
+        """Note when blocks, (slot, generation), were last used; return the change."""
         with sqlite_mapped("touching blocks", str(self.directory)), self._transaction():
             change = self._next_change()
-            self._write.executemany(
-                f"UPDATE slots SET used = ?, change = ? WHERE slot = ? AND generation = ? AND state = {FULL}",
-                [(used, change, slot, generation) for slot, generation, used in blocks],
-            )
+            groups = Groups.of(self._write, blocks[:, 0])
+            at, there = groups.find(blocks[:, 0])
+            records = groups.records
+            same = there & (records["state"][at] == FULL) & (records["generation"][at] == blocks[:, 1])
+            records["used"][at[same]] = used[same]
+            records["change"][at[same]] = change
+            groups.save(self._write, change)
             return change
 
     def changes(self, since: int) -> list[Row]:
         """Return the slots that changed after `since`, in order. On the reading connection: it waits for no writer."""
         with sqlite_mapped("reading the index", str(self.directory)):
-            (latest,) = self._read.execute("SELECT value FROM meta WHERE name = 'change'").fetchone()
-            if latest == since:
+            if self.latest() == since:
                 return []
-            found = self._read.execute(f"SELECT {_ROW} FROM slots WHERE change > ? ORDER BY change", (since,))
-            return [Row(*row) for row in found]
+            found: list[Row] = []
+            with self._snapshot():
+                for groups in Groups.each(self._read, "change > ?", (since,)):
+                    found += groups.rows(self._read, np.flatnonzero(groups.records["change"] > since))
+            return sorted(found, key=lambda row: row.change)
+
+    def glance(self) -> int | None:
+        """Return the number of the latest change, or `None` if that would take waiting.
+
+        Unlike everything else here, the loop may call it: it reads one page that has just been in use, in some microseconds.
+        """
+        with suppress(sqlite3.Error):
+            return int(self._glance.execute("SELECT value FROM meta WHERE name = 'change'").fetchone()[0])
+        return None
 
     def latest(self) -> int:
         """Return the number of the latest change."""

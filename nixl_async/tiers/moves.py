@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from nixl_async.errors import TransferError
+from nixl_async.fileio import SummedBlocks
 from nixl_async.tiers.blocks import Blocks
-from nixl_async.tiers.checksums import CRC64NVME, SummedMove, new_turn
-from nixl_async.tiers.context import N_THREADS, Context, together
+from nixl_async.tiers.checksums import CRC64NVME, key_sums, new_turn
+from nixl_async.tiers.context import Context, together
 from nixl_async.tiers.segments import Segments
 from nixl_async.tiers.tier import Failures
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from nixl_async.descriptors import Array
 
 T = TypeVar("T")
-SPREAD_NBYTES = 4 << 20
-"""What is worth to be read out of the page cache by several threads."""
 
 
 class CheckedMoves:
@@ -43,16 +42,20 @@ class CheckedMoves:
         sums: NDArray[np.uint64],
         kinds: NDArray[np.uint8],
         look: Callable[[], T],
+        peek: Callable[[], T | None] = lambda: None,
     ) -> tuple[Failures, NDArray[np.bool_], T]:
-        """Read slots in ascending order; return errors, which have the checksums they should have, and what `look()` said then."""
+        """Read slots in ascending order; return errors, which have the checksums they should have, and what `look()` said then.
+
+        `look` runs on a thread; `peek` spares that if it knows the answer at once.
+        """
         summed = None
         # What may not be written is left to the agent to refuse.
         if self._cached and self._context.verify and not target.region.readonly and bool((kinds == CRC64NVME).all()):
-            summed = await self._summed(keys, slots, target, None, look)
-            if summed is not None and summed[0].done.all():
-                move, seen = summed
-                return [None] * len(keys), move.sums == sums, seen
-        return await self._read_rest(keys, slots, target, sums, kinds, look, None if summed is None else summed[0])
+            summed = await self._summed(keys, slots, target)
+            if summed is not None and summed.moved.all():
+                seen = peek()
+                return [None] * len(keys), summed.sums == sums, await self._context.on_thread(look) if seen is None else seen
+        return await self._read_rest(keys, slots, target, sums, kinds, look, summed)
 
     async def _read_rest(
         self,
@@ -62,9 +65,9 @@ class CheckedMoves:
         sums: NDArray[np.uint64],
         kinds: NDArray[np.uint8],
         look: Callable[[], T],
-        move: SummedMove | None,
+        move: SummedBlocks | None,
     ) -> tuple[Failures, NDArray[np.bool_], T]:
-        rest = np.arange(len(keys)) if move is None else np.flatnonzero(~move.done)
+        rest = np.arange(len(keys)) if move is None else np.flatnonzero(~move.moved)
         errors: Failures = [None] * len(keys)
         good = np.ones(len(keys), np.bool_) if move is None else move.sums == sums
         mine, to = (keys, target) if len(rest) == len(keys) else ([keys[at] for at in rest.tolist()], target.take(rest))
@@ -77,14 +80,13 @@ class CheckedMoves:
     async def write(self, keys: list[bytes], slots: Array, source: Blocks) -> tuple[Failures, NDArray[np.uint64]]:
         """Write slots in ascending order; return errors and checksums."""
         kind = self._context.kind
-        summed = None
+        move = None
         if self._cached and kind == CRC64NVME:
-            summed = await self._summed(keys, slots, source, self._turn, lambda: None)
-        if summed is None:
+            move = await self._summed(keys, slots, source, self._turn)
+        if move is None:
             return await together(self._segments.move(slots, source, put=True), self._context.checksums(kind, keys, source))
-        move, _ = summed
         errors: Failures = [None] * len(keys)
-        rest = np.flatnonzero(~move.done)
+        rest = np.flatnonzero(~move.moved)
         if len(rest):
             mine, left = [keys[at] for at in rest.tolist()], source.take(rest)
             moving = self._segments.move(slots[rest], left, put=True)
@@ -93,17 +95,17 @@ class CheckedMoves:
                 errors[at] = error
         return errors, move.sums
 
-    async def _summed(
-        self, keys: list[bytes], slots: Array, blocks: Blocks, turn: object, then: Callable[[], T]
-    ) -> tuple[SummedMove, T] | None:
+    async def _summed(self, keys: list[bytes], slots: Array, blocks: Blocks, turn: Any = None) -> SummedBlocks | None:
         region = blocks.region
         region.check_usable()
         region.hold()
         try:
             async with self._segments.files(slots) as (fds, offsets):
-                move = SummedMove(keys, blocks, fds, offsets, turn)
-                spread = turn is None and len(slots) * self._context.block_nbytes >= SPREAD_NBYTES
-                return move, await self._context.summed(move, N_THREADS if spread else 1, then)
+                lengths = np.ascontiguousarray(blocks.lengths)
+                moved = np.zeros(len(keys), np.bool_)
+                move = SummedBlocks(fds, offsets, blocks.addresses(), lengths, key_sums(keys), moved)
+                await self._context.summed(move, turn)
+                return move
         except TransferError:
             # A segment that cannot be opened; the agent's way meets that again, block by block.
             return None

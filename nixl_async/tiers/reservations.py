@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nixl_async.backend import quiesce
 from nixl_async.errors import NixlError
+from nixl_async.tiers.groups import NOTHING
 from nixl_async.tiers.index import Index
 from nixl_async.tiers.slots import SlotTable
+
+if TYPE_CHECKING:
+    from nixl_async.descriptors import Array
 
 RESERVED_AT_ONCE = 1024
 AHEAD, AHEAD_SHARE = 64, 9
@@ -35,34 +42,35 @@ class Reservations:
     ) -> None:
         self._index, self._table, self._writer, self._evicted = index, table, writer, evicted
         self._ttl, self._durable = ttl, durable
-        self._reserved: list[tuple[int, int]] = []
+        self._reserved = NOTHING
         self._turn = asyncio.Lock()
         self._ahead: asyncio.Task[None] | None = None
 
     @property
-    def slots(self) -> list[int]:
+    def slots(self) -> Array:
         """The slots that are reserved and not taken."""
-        return [slot for slot, _ in self._reserved]
+        return self._reserved[:, 0]
 
-    async def take(self, n: int) -> list[tuple[int, int]]:
-        """Take up to `n` reserved slots with their generations, one at least.
+    async def take(self, n: int) -> Array:
+        """Take up to `n` reserved slots with their generations, one at least, in order.
 
         Raises:
             OutOfSpace: not one slot can be had.
         """
         async with self._turn:
-            while not self._reserved:
+            while not len(self._reserved):
                 await self._reserve(n)
             # The lowest first, so that what is written together lies together.
-            taken = self._reserved[:n]
-            del self._reserved[:n]
-        if not self._reserved and self._ahead is None and n >= AHEAD and n * AHEAD_SHARE <= self._index.n_slots:
+            taken, self._reserved = self._reserved[:n], self._reserved[n:]
+        if not len(self._reserved) and self._ahead is None and n >= AHEAD and n * AHEAD_SHARE <= self._index.n_slots:
             self._ahead = asyncio.create_task(self._reserve_ahead(n))
         return taken
 
-    def give(self, reserved: Iterable[tuple[int, int]]) -> None:
+    def give(self, reserved: Array) -> None:
         """Give back what was taken and not written."""
-        self._reserved += reserved
+        if len(reserved):
+            together = np.concatenate((self._reserved, reserved))
+            self._reserved = together[np.argsort(together[:, 0])]
 
     async def settled(self) -> None:
         """Wait until nothing is being reserved ahead."""
@@ -72,7 +80,7 @@ class Reservations:
     async def _reserve_ahead(self, n: int) -> None:
         try:
             async with self._turn:
-                if not self._reserved:
+                if not len(self._reserved):
                     # If there is no room, the next write meets that again, and says so.
                     with suppress(NixlError):
                         await self._reserve(n)
@@ -82,7 +90,7 @@ class Reservations:
     async def _reserve(self, n: int) -> None:
         wanted = max(1, min(max(n, RESERVED_AT_ONCE), max(n, self._index.n_slots // 16), self._index.n_slots))
 
-        def reserve() -> tuple[list[tuple[int, int]], list[int], int]:
+        def reserve() -> tuple[Array, Array, int]:
             return self._index.reserve(wanted, lambda: self._table.oldest(wanted, self._ttl), self._durable)
 
         reserving = asyncio.get_running_loop().run_in_executor(self._writer, reserve)
@@ -94,9 +102,9 @@ class Reservations:
             raise
         self._done(got, taken, change)
 
-    def _done(self, got: list[tuple[int, int]], taken: list[int], change: int) -> None:
-        if taken:
-            generations = dict(got)
-            self._table.forget_taken(taken, [generations[slot] for slot in taken])
+    def _done(self, got: Array, taken: Array, change: int) -> None:
+        if len(taken):
+            # All are from blocks, or none is.
+            self._table.forget_taken(got[:, 0], got[:, 1])
         self._evicted(len(taken), change)
-        self._reserved = sorted([*self._reserved, *got])
+        self.give(got)

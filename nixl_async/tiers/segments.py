@@ -81,8 +81,11 @@ class Segments:
 
     @asynccontextmanager
     async def files(self, slots: Array) -> AsyncIterator[tuple[NDArray[np.int32], Array]]:
-        """Say where slots are, as file descriptors and offsets; they stay open for the length of the block."""
-        numbers, which = np.unique(slots // self._index.segment_slots, return_inverse=True)
+        """Say where slots in ascending order are, as file descriptors and offsets; they stay open for the length of the block."""
+        of_each = slots // self._index.segment_slots
+        numbers, which = of_each[:1], np.zeros(len(slots), np.int64)
+        if of_each[0] != of_each[-1]:
+            numbers, which = np.unique(of_each, return_inverse=True)
         regions = [await self._segment(number) for number in numbers.tolist()]
         for region in regions:
             region.hold()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nixl_async.tiers.index import FULL, Row, Stored
+from nixl_async.tiers.groups import FULL, Row, Stored
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +29,9 @@ class SlotTable:
         self.stored = np.zeros(n_slots, np.float64)
         self.used = np.zeros(n_slots, np.float64)
         self.pins = np.zeros(n_slots, np.int32)
-        self._touched: dict[int, None] = {}
+        self._touched = np.zeros(n_slots, np.bool_)
+        self._doubles: dict[bytes, set[int]] = {}
+        """Other slots that have a key's block too."""
 
     def load(self, rows: Iterable[Row]) -> None:
         """Take in rows of the index, in order of their changes."""
@@ -58,30 +60,33 @@ class SlotTable:
             slots[self.stored[slots] + ttl < time.time()] = -1
         return slots
 
-    def store(self, blocks: Sequence[Stored], generations: Sequence[int]) -> None:
+    def store(self, blocks: Stored) -> None:
         """Take in blocks that this process has stored."""
-        slots = np.array([block.slot for block in blocks], np.int64)
-        given = np.array(generations, np.int64)
-        new = ~(self.full[slots] & (self.generation[slots] >= given))
+        slots, generations, keys = blocks.slots, blocks.generations, blocks.keys
+        checksums, stored = blocks.checksums, blocks.stored
+        new = ~(self.full[slots] & (self.generation[slots] >= generations))
         if not new.all():
             # Learnt from the index already.
             keep = np.flatnonzero(new)
-            blocks, slots, given = [blocks[at] for at in keep.tolist()], slots[keep], given[keep]
-        stored = np.array([block.stored for block in blocks], np.float64)
-        for block in blocks:
-            if self.keys[block.slot] is not None:
-                self.forget(block.slot)
-        self.generation[slots] = given
-        self.checksum[slots] = np.array([block.checksum for block in blocks], np.int64).view(np.uint64)
-        self.kind[slots] = np.array([block.kind for block in blocks], np.uint8)
+            keys = [keys[at] for at in keep.tolist()]
+            slots, generations, checksums, stored = slots[keep], generations[keep], checksums[keep], stored[keep]
+        places = slots.tolist()
+        if any(map(self.keys.__getitem__, places)):
+            for slot in places:
+                if self.keys[slot] is not None:
+                    self.forget(slot)
+        self.generation[slots] = generations
+        self.checksum[slots] = checksums
+        self.kind[slots] = blocks.kind
         self.stored[slots] = self.used[slots] = stored
         self.full[slots] = True
-        for block in blocks:
-            self.keys[block.slot] = block.key
-            if block.key in self.slot_of:
-                self._choose(block.slot, block.key)
+        own, slot_of = self.keys, self.slot_of
+        for slot, key in zip(places, keys, strict=True):
+            own[slot] = key
+            if key in slot_of:
+                self._choose(slot, key)
             else:
-                self.slot_of[block.key] = block.slot
+                slot_of[key] = slot
 
     def _fill(self, slot: int, generation: int, key: bytes, checksum: int, kind: int, stored: float, used: float) -> None:
         self.forget(slot)
@@ -99,46 +104,77 @@ class SlotTable:
         other = self.slot_of.get(key)
         if other is not None:
             # Two processes stored it at the same time, or the older one is too old: that slot is the first to be used again.
-            if self.stored[slot] < self.stored[other]:
-                self.used[slot] = 0.0
+            older = slot if self.stored[slot] < self.stored[other] else other
+            self.used[older] = 0.0
+            self._doubles.setdefault(key, set()).add(older)
+            if older == slot:
                 return
-            self.used[other] = 0.0
         self.slot_of[key] = slot
 
     def forget(self, slot: int) -> None:
         """Take a slot's block out."""
         key = self.keys[slot]
-        if key is not None and self.slot_of.get(key) == slot:
-            del self.slot_of[key]
+        if key is not None:
+            self._unlink(slot, key)
         self.keys[slot] = None
         self.full[slot] = False
-        self._touched.pop(slot, None)
+        self._touched[slot] = False
 
-    def forget_taken(self, slots: Sequence[int], generations: Sequence[int]) -> None:
+    def _unlink(self, slot: int, key: bytes) -> None:
+        if self.slot_of.get(key) == slot:
+            del self.slot_of[key]
+        doubles = self._doubles.get(key)
+        if doubles is not None:
+            doubles.discard(slot)
+            if not doubles:
+                del self._doubles[key]
+
+    def all_of(self, keys: Iterable[bytes]) -> list[int]:
+        """Return every slot that has the block of one of these keys."""
+        found = [self.slot_of[key] for key in keys if key in self.slot_of]
+        return found + [slot for key in keys for slot in self._doubles.get(key, ())]
+
+    def forget_taken(self, slots: Array, generations: Array) -> None:
         """Take out the blocks of slots that are reserved for others, which began `generations`."""
-        keys, slot_of, touched = self.keys, self.slot_of, self._touched
-        for slot in slots:
+        keys, slot_of, doubles = self.keys, self.slot_of, self._doubles
+        for slot in slots.tolist():
             key = keys[slot]
-            if key is not None and slot_of.get(key) == slot:
-                del slot_of[key]
+            if key is not None:
+                if doubles or slot_of.get(key) != slot:
+                    self._unlink(slot, key)
+                else:
+                    del slot_of[key]
             keys[slot] = None
-            touched.pop(slot, None)
-        which = np.array(slots, np.int64)
-        self.full[which] = False
-        self.generation[which] = generations
+        self.full[slots] = False
+        self._touched[slots] = False
+        self.generation[slots] = generations
+
+    def pin(self, slots: Array) -> None:
+        """Keep slots, in ascending order, from being taken, until they are unpinned as often."""
+        self._count(slots, 1)
+
+    def unpin(self, slots: Array) -> None:
+        """Take back `pin`."""
+        self._count(slots, -1)
+
+    def _count(self, slots: Array, by: int) -> None:
+        if (slots[1:] != slots[:-1]).all():
+            self.pins[slots] += by
+        else:
+            np.add.at(self.pins, slots, by)
 
     def touch(self, slots: Array) -> None:
         """Note that slots are used."""
         self.used[slots] = time.time()
-        self._touched.update(dict.fromkeys(slots.tolist()))
+        self._touched[slots] = True
 
-    def take_touched(self) -> list[tuple[int, int, float]]:
-        """Return (slot, generation, time) of what was used since this was last called."""
-        slots = np.fromiter(self._touched, np.int64, len(self._touched))
-        self._touched.clear()
-        return list(zip(slots.tolist(), self.generation[slots].tolist(), self.used[slots].tolist(), strict=True))
+    def take_touched(self) -> tuple[Array, NDArray[np.float64]]:
+        """Return (slot, generation) of what was used since this was last called, and the times."""
+        slots = np.flatnonzero(self._touched)
+        self._touched[slots] = False
+        return np.stack((slots, self.generation[slots]), axis=1), self.used[slots]
 
-    def oldest(self, n: int, ttl: float | None) -> list[tuple[int, int]]:
+    def oldest(self, n: int, ttl: float | None) -> Array:
         """Return `n` slots, (slot, generation), that nobody reads: those too old first, then the least recently used."""
         candidates = np.flatnonzero(self.full & (self.pins == 0))
         used = self.used[candidates]
@@ -151,7 +187,7 @@ class SlotTable:
             chosen = np.concatenate((older, same[: n - len(older)]))
             candidates, used = candidates[chosen], used[chosen]
         found = candidates[np.argsort(used, kind="stable")]
-        return list(zip(found.tolist(), self.generation[found].tolist(), strict=True))
+        return np.stack((found, self.generation[found]), axis=1)
 
     def young(self, ttl: float) -> Container[bytes]:
         """Return the keys of the blocks that have not outlived `ttl` seconds, for `in`."""

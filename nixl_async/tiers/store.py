@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from nixl_async.backend import quiesce
@@ -35,6 +36,7 @@ BATCH_NBYTES = 8 << 20
 BATCH_BLOCKS = 128
 QUEUE_NBYTES = 256 << 20
 CHECKED_AT_ONCE = 4096
+_OK = attrgetter("ok")
 LOOKED_UP_AT_ONCE = 64
 
 
@@ -191,7 +193,7 @@ class Tiers:
         with _Call(self):
             given, blocks = await self._check(keys, memory)
             found = await self._in_chunks(given, blocks, self._cascade.get)
-            hits = sum(one.ok for one in found)
+            hits = sum(map(_OK, found))
             self._hits += hits
             self._misses += len(found) - hits
         return found

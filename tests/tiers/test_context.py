@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from nixl_async import ClosedError, DescriptorError
 from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.checksums import CRC64NVME, NONE
 from nixl_async.tiers.context import Context, Slots, together
@@ -68,6 +69,37 @@ async def test_the_wrong_blocks_are_found(bench: Bench) -> None:
     assert np.flatnonzero(~good).tolist() == [7]
     kinds[5] = 77
     assert np.flatnonzero(~await context.verified(bench.keys, blocks, sums, kinds, errors)).tolist() == [5, 7]
+    context.close()
+
+
+async def test_blocks_are_copied_however_they_are_cut(bench: Bench) -> None:
+    context = Context(bench.agent, BLOCK)
+    before = bench.agent.statistics().nbytes.get("memory", 0)
+    whole, pieces = Blocks.of(bench.src(), N, BLOCK), Blocks.of(bench.source.pages(np.arange(4 * N), BLOCK // 4), N, BLOCK)
+    to_whole = Blocks.of(bench.dst(), N, BLOCK)
+    to_pieces = Blocks.of(bench.target.pages(np.arange(4 * N), BLOCK // 4), N, BLOCK)
+    to_eighths = Blocks.of(bench.target.pages(np.arange(8 * N), BLOCK // 8), N, BLOCK)
+    for source, target in ((whole, to_whole), (whole, to_pieces), (pieces, to_whole), (pieces, to_pieces)):
+        bench.blank[:] = 0
+        await context.copy(source, target)
+        assert bench.right()
+    assert bench.agent.statistics().nbytes.get("memory", 0) == before
+    bench.blank[:] = 0
+    await context.copy(pieces, to_eighths)
+    assert bench.right()
+    assert bench.agent.statistics().nbytes["memory"] == before + N * BLOCK, "what is cut in different ways is the agent's"
+    context.close()
+
+
+async def test_a_copy_is_refused_as_the_agent_would(bench: Bench) -> None:
+    context = Context(bench.agent, BLOCK)
+    fixed = await bench.agent.register(bytes(N * BLOCK))
+    with pytest.raises(DescriptorError, match="read-only"):
+        await context.copy(Blocks.of(bench.src(), N, BLOCK), Blocks.of(fixed[:], N, BLOCK))
+    source = Blocks.of(fixed[:], N, BLOCK)
+    await fixed.aclose()
+    with pytest.raises(ClosedError, match="deregistered"):
+        await context.copy(source, Blocks.of(bench.dst(), N, BLOCK))
     context.close()
 
 

@@ -64,6 +64,14 @@ async def test_blocks_of_many_segments_in_any_order(bench: Bench, open_tier: Ope
     assert bench.right()
 
 
+async def test_what_two_stored_at_the_same_time_is_deleted_twice(bench: Bench, open_tier: Open) -> None:
+    a, b = await open_tier(), await open_tier()
+    for tier in (a, b):
+        assert await tier.write(bench.keys[:1], _src(bench, [0]), durable=False) == [None]
+    await a.delete(bench.keys[:1])
+    assert len(await open_tier()) == 0
+
+
 async def test_another_tier_on_the_directory_finds_what_one_stored(bench: Bench, open_tier: Open) -> None:
     a, b = await open_tier(), await open_tier()
     await a.write(bench.keys[:8], _src(bench, range(8)), durable=False)

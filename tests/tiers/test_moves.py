@@ -11,6 +11,7 @@ import pytest
 from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.checksums import CRC64NVME, checksum_blocks
 from nixl_async.tiers.context import Context
+from nixl_async.tiers.groups import NOTHING
 from nixl_async.tiers.index import Index
 from nixl_async.tiers.moves import CheckedMoves
 from nixl_async.tiers.segments import Segments
@@ -44,4 +45,4 @@ async def test_both_ways_write_and_read_the_same(bench: Bench, tmp_path: Path, w
     finally:
         await segments.aclose()
         context.close()
-        index.close([])
+        index.close(NOTHING[:, 0])

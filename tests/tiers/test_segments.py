@@ -11,6 +11,7 @@ import pytest
 
 from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.context import Context
+from nixl_async.tiers.groups import NOTHING
 from nixl_async.tiers.index import Index
 from nixl_async.tiers.segments import Segments
 from tests.tiers.conftest import BLOCK, Bench
@@ -26,7 +27,7 @@ async def segments(bench: Bench, tmp_path: Path) -> AsyncIterator[Segments]:
     yield made
     await made.aclose()
     context.close()
-    index.close([])
+    index.close(NOTHING[:, 0])
 
 
 async def test_slots_lie_where_their_numbers_say(bench: Bench, segments: Segments, tmp_path: Path) -> None:

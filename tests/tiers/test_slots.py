@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from nixl_async.tiers.index import FREE, FULL, RESERVED, Row, Stored
+from nixl_async.tiers.groups import FREE, FULL, RESERVED, Row, Stored
 from nixl_async.tiers.slots import SlotTable
 
 NOW = time.time()
@@ -34,7 +34,7 @@ def test_news_of_blocks() -> None:
 
 def test_old_news_change_nothing() -> None:
     table = SlotTable(8)
-    table.store([Stored(3, b"new", 0, 1, NOW)], [2])
+    table.store(Stored(np.array([3]), np.array([2]), [b"new"], np.zeros(1, np.uint64), np.array([NOW]), 1))
     # Read before the slot was filled, arriving afterwards.
     table.load([_row(3, FULL, 1, b"old"), _row(3, RESERVED, 2, None)])
     assert table.slot_of == {b"new": 3}
@@ -50,24 +50,36 @@ def test_the_younger_of_two_is_used_and_the_other_goes_first() -> None:
     table = SlotTable(4)
     table.load([_row(0, FULL, 1, b"a", stored=NOW - 5), _row(1, FULL, 1, b"b", used=NOW - 9), _row(2, FULL, 1, b"a")])
     assert table.slot_of[b"a"] == 2
-    assert table.oldest(1, None) == [(0, 1)]
+    assert table.oldest(1, None).tolist() == [[0, 1]]
     table.forget(0)
     assert table.slot_of[b"a"] == 2
+
+
+def test_every_slot_of_a_key_is_found() -> None:
+    table = SlotTable(4)
+    table.load([_row(0, FULL, 1, b"a", stored=NOW - 5), _row(1, FULL, 1, b"b"), _row(2, FULL, 1, b"a")])
+    table.store(Stored(np.array([3]), np.array([1]), [b"a"], np.zeros(1, np.uint64), np.array([NOW - 3]), 1))
+    assert sorted(table.all_of([b"a", b"nobody's"])) == [0, 2, 3]
+    table.forget(2)
+    table.forget_taken(np.array([0]), np.array([2]))
+    assert table.all_of([b"a"]) == [3]
+    table.forget(3)
+    assert table.all_of([b"a", b"b"]) == [1]
 
 
 def test_the_least_recently_used_go_first_but_not_what_is_read() -> None:
     table = SlotTable(6)
     table.load([_row(at, FULL, 1, bytes([at]), used=NOW - at) for at in range(6)])
     table.pins[5] = 1
-    assert [slot for slot, _ in table.oldest(2, None)] == [4, 3]
+    assert table.oldest(2, None)[:, 0].tolist() == [4, 3]
     table.touch(np.array([4]))
-    assert [slot for slot, _ in table.oldest(9, None)] == [3, 2, 1, 0, 4]
+    assert table.oldest(9, None)[:, 0].tolist() == [3, 2, 1, 0, 4]
 
 
 def test_what_is_too_old_goes_before() -> None:
     table = SlotTable(3)
     table.load([_row(0, FULL, 1, b"a", stored=NOW - 100), _row(1, FULL, 1, b"b", used=NOW - 50), _row(2, FULL, 1, b"c")])
-    assert [slot for slot, _ in table.oldest(2, 60)] == [0, 1]
+    assert table.oldest(2, 60)[:, 0].tolist() == [0, 1]
     assert table.expired(60).tolist() == [0]
     young = table.young(60)
     assert b"a" not in young
@@ -80,5 +92,7 @@ def test_uses_are_told_once() -> None:
     table.load([_row(0, FULL, 4, b"a"), _row(1, FULL, 5, b"b")])
     table.touch(np.array([0, 1]))
     table.touch(np.array([1]))
-    assert [(slot, generation) for slot, generation, _ in table.take_touched()] == [(0, 4), (1, 5)]
-    assert table.take_touched() == []
+    blocks, used = table.take_touched()
+    assert blocks.tolist() == [[0, 4], [1, 5]]
+    assert used.tolist() == [NOW, NOW]
+    assert not len(table.take_touched()[0])
