@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,7 @@ class TCPBackend(Backend):
         self._n_streams = max(1, min(2, (os.cpu_count() or 1) // 2)) if streams is None else streams
         if not 1 <= self._n_streams <= 64:
             raise ConfigurationError(f"streams is {streams}; it must be 1 to 64")
+        self.limits = replace(type(self).limits, max_ops=max(4, self._n_streams), lanes=self._n_streams)
         self._n_threads = min(4, os.cpu_count() or 1) if threads is None else threads
         if not 1 <= self._n_threads <= 64:
             raise ConfigurationError(f"threads is {threads}; it must be 1 to 64")

@@ -310,7 +310,7 @@ class BackendQueue:
         piece = head.peek()
         assert piece is not None
         if not slice_nbytes and limits.lanes > 1 and piece.nbytes >= 2 * LANE_NBYTES and len(lane.records) == 1:
-            slice_nbytes = self._share_of_lanes(lane, piece.nbytes)
+            slice_nbytes = self._share_of_lanes(lane)
         nbytes = min(piece.nbytes, slice_nbytes or piece.nbytes)
         if self.nbytes and self.nbytes + nbytes > limits.max_nbytes:
             return None
@@ -319,14 +319,14 @@ class BackendQueue:
             room = min(room, _room(limits.max_peer_nbytes, lane.peer.nbytes, nbytes))
         return Turn(lane, room, slice_nbytes)
 
-    def _share_of_lanes(self, lane: Lane, nbytes: int) -> int:
-        """Return the size to which the last piece of the only transfer that waits is cut, so that no lane idles; 0 for none."""
+    def _share_of_lanes(self, lane: Lane) -> int:
+        """Return the size to which pieces of the only transfer that waits are cut, so that no lane idles; 0 for none."""
         free = self.limits.lanes - self.ops
-        chosen = lane.ring.queue
+        chosen, record = lane.ring.queue, lane.records[0]
         others = any(queue.keys for queue in self._urgent_first if queue is not chosen)
-        if free < 2 or others or len(chosen.keys) > 1 or len(lane.ring.heap) > 1 or lane.records[0].n_left > 1:
+        if others or len(chosen.keys) > 1 or len(lane.ring.heap) > 1 or record.n_left >= free:
             return 0
-        return max(LANE_NBYTES, (nbytes + free - 1) // free + _PAGE - 1 & -_PAGE)
+        return max(LANE_NBYTES, (record.nbytes_left + free - 1) // free + _PAGE - 1 & -_PAGE)
 
     def take(self, turn: Turn) -> list[Part]:
         """Take what the next op carries, and count it as in flight."""

@@ -158,6 +158,11 @@ class TransferRecord:
         """How many pieces have not been given to a backend."""
         return len(self.pieces) - self.taken + len(self.again or ())
 
+    @property
+    def nbytes_left(self) -> int:
+        """The bytes of those pieces."""
+        return sum(piece.nbytes for piece in self.pieces[self.taken :]) + sum(piece.nbytes for _, piece in self.again or ())
+
     def peek(self) -> Plan | None:
         """Return the next piece to be given to a backend, `None` if there is none left."""
         if self.again:

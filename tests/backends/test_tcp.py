@@ -13,7 +13,7 @@ from nixl_async import AccessError, Agent, BackendError, DescriptorError
 from nixl_async.backend import Host, PeerInfo
 from nixl_async.backends.tcp import TCPBackend
 from nixl_async.testing import Canary, assert_same, pattern
-from tests.agents import TOKEN, agent_process, known, two_agents
+from tests.agents import TOKEN, agent_process, connect, known, two_agents
 
 
 async def _opened(name: str = "a") -> TCPBackend:
@@ -119,3 +119,21 @@ async def test_peers_that_part_at_once_leave_no_connection() -> None:
             await one.connect(PeerInfo(name, "1", other.describe(), "127.0.0.1"))
         await asyncio.gather(a.disconnect("b"), b.disconnect("a"))
         await asyncio.gather(a.aclose(), b.aclose())
+
+
+async def test_a_lone_large_transfer_takes_all_streams() -> None:
+    size = 24 << 20
+    source, target = pattern(size, 3), np.zeros(size, np.uint8)
+    async with (
+        Agent("a", token=TOKEN, backends=[TCPBackend(streams=6)]) as a,
+        Agent("b", token=TOKEN, backends=[TCPBackend(streams=6)]) as b,
+    ):
+        await b.register(target, name="kv")
+        near = await a.register(source)
+        peer = await connect(a, b)
+        transfer = a.submit(near[0 : 12 << 20], peer.region("kv")[0 : 12 << 20])
+        await asyncio.sleep(0)
+        assert len(transfer._record.ops) == 6
+        await transfer
+        await a.transfer(near[12 << 20 :], peer.region("kv")[12 << 20 :])
+    assert_same(target, source)
