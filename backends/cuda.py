@@ -84,7 +84,7 @@ class CUDABackend(Backend):
         """Check that VRAM is what it is said to be, and see whether DRAM is pinned: it must stay so while it is registered."""
         check_region(region)
         if region.kind is MemoryKind.VRAM:
-            self._opened().prepare(region.device)
+            await self._opened().prepare(region.device)
         elif (seen := pinned_address(region.address, region.nbytes)) is not None:
             self._pinned[region] = seen - region.address
         return b""

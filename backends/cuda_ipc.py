@@ -132,7 +132,7 @@ class CUDAIPCBackend(Backend):
     async def register(self, region: MemoryRegion) -> bytes:
         """Return the region's key; of memory that CUDA cannot share, one that tells peers why: it can be our side all the same."""
         check_region(region)
-        self._opened().prepare(region.device)
+        await self._opened().prepare(region.device)
         if why := why_not_shared(region):
             return refused_key(why)
         base, _ = allocation_of(region.address, region.device)

@@ -30,6 +30,8 @@ _LOOK_SECONDS = 0.5
 NOW_SEGMENTS = 32768
 """Launches of up to so many segments are made on the loop: they take it a fraction of a millisecond, a thread longer."""
 CHUNK_SEGMENTS = 65536
+READY_LANES = 2
+"""How many lanes of each urgency are made before the first op."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,7 @@ class Lanes:
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix=f"nixl-{name}-launch")
         self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix=f"nixl-{name}")
         self._idle: dict[tuple[int, bool], list[Lane]] = {}
+        self._prepared: dict[int, asyncio.Future[None]] = {}
         self._lock = threading.Lock()
         self._signals = lib.nx_signals_open()
         if self._signals == ffi.NULL:
@@ -84,9 +87,15 @@ class Lanes:
 
     # Launches.
 
-    def prepare(self, device: int) -> None:
-        """Compile the kernel for a device on a thread, before it is needed."""
-        self._launcher.submit(self._compile, device)
+    async def prepare(self, device: int) -> None:
+        """Compile and load the kernel for a device, and make some lanes, on a thread; at once if that has been done.
+
+        Each of these may wait for all streams of the device, those included that stand still until a transfer has ended
+        (`Transfer.wait_on`): that transfer must not need them first.
+        """
+        if device not in self._prepared:
+            self._prepared[device] = self._loop.run_in_executor(self._launcher, self._make_ready, device)
+        await asyncio.shield(self._prepared[device])
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         """Call a function of the driver on the launching thread, behind what was launched before."""
@@ -114,9 +123,12 @@ class Lanes:
             self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
         return job.future
 
-    def _compile(self, device: int) -> None:
+    def _make_ready(self, device: int) -> None:
         with suppress(BackendError), entered(device):
             kernels(device)
+            for urgent in (False, True):
+                for _ in range(READY_LANES):
+                    self._give(Lane(device, self.chunk_nbytes, urgent))
 
     def _enqueue(self, token: int, job: _Job) -> None:
         driver = load_driver()
@@ -206,7 +218,7 @@ class Lanes:
 
     def _give(self, lane: Lane) -> None:
         with self._lock:
-            self._idle[lane.device, lane.urgent].append(lane)
+            self._idle.setdefault((lane.device, lane.urgent), []).append(lane)
 
     def _free(self) -> None:
         for (device, _), idle in self._idle.items():

@@ -157,9 +157,10 @@ class Transfer:
         """Let all work that is put on a compute stream from here on wait until the transfer is final; blocks nobody else.
 
         `stream` is a CUDA stream (cupy, torch, `__cuda_stream__`) or a `CPUStream`. A transfer that fails or is cancelled lets
-        the stream go on too: await it to know. The event loop must keep running meanwhile: do not synchronise with the stream on
-        its thread, and do not put hundreds of entries on it there: a CUDA stream that stands still takes a limited number, and
-        the driver then blocks whoever puts more.
+        the stream go on too: await it to know. The event loop must keep running meanwhile: on its thread, do not synchronise with
+        the stream, do not launch a kernel for the first time (loading it waits for all streams of the device, unless
+        CUDA_MODULE_LOADING=EAGER), and do not put hundreds of entries on the stream: one that stands still takes a limited number,
+        and the driver then blocks whoever puts more.
 
         Raises:
             TypeError: `stream` is no stream.

@@ -128,6 +128,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(f"{module}.entered", entered)
     monkeypatch.setattr(f"{module}.kernels", lambda device: None)
     monkeypatch.setattr(f"{module}.is_compiled", lambda device: True)
+    # So that a test sees how many are made.
+    monkeypatch.setattr(f"{module}.READY_LANES", 0)
 
     def check(code: int, what: str) -> None:
         if code:

@@ -47,6 +47,23 @@ async def test_a_launch_ends_with_its_signal(host: Host, lanes: Lanes, now: bool
     assert (threading.current_thread().name in host.threads) is now
 
 
+async def test_what_waits_for_streams_is_done_before_the_first_op(
+    host: Host, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        "nixl_async.cuda_lanes.kernels", lambda device: compiled.append((device, threading.current_thread().name))
+    )
+    monkeypatch.setattr("nixl_async.cuda_lanes.READY_LANES", 1)
+    await asyncio.gather(lanes.prepare(0), lanes.prepare(0))
+    await lanes.prepare(0)
+    assert [device for device, _ in compiled] == [0]
+    assert compiled[0][1] != threading.current_thread().name
+    assert [(lane.device, lane.urgent) for lane in host.lanes] == [(0, False), (0, True)]
+    await lanes.launch(0, run, now=True)
+    assert len(host.lanes) == 2
+
+
 async def test_lanes_are_of_a_device_and_an_urgency(host: Host, lanes: Lanes) -> None:
     await asyncio.gather(*(lanes.launch(device, run, urgent=urgent) for device in (0, 1) for urgent in (False, True)))
     assert sorted((lane.device, lane.urgent) for lane in host.lanes) == [(0, False), (0, True), (1, False), (1, True)]

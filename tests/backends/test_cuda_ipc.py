@@ -22,6 +22,7 @@ from nixl_async.cuda import DeviceBytes, device_count
 from nixl_async.descriptors import MemoryKind, Plan, Side
 from nixl_async.memory import RemoteRegion, open_buffer
 from tests.agents import TOKEN
+from tests.cuda_host import stand_in
 
 needs_no_device = pytest.mark.skipif(device_count() > 0, reason="this machine has a CUDA device")
 HERE = Place.here()
@@ -145,6 +146,7 @@ async def test_agents_of_one_process_need_no_key(backend: CUDAIPCBackend) -> Non
 async def test_memory_that_cannot_be_shared_has_a_key_that_says_so(
     backend: CUDAIPCBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stand_in(monkeypatch)
     region = ours().regions[0]
     assert isinstance(region, MemoryRegion)
     monkeypatch.setattr(cuda_ipc, "why_not_shared", lambda region: f"{region.name} is managed")

@@ -44,7 +44,8 @@ async def test_a_layer_goes_when_its_stream_has_computed_it(push: bool, to_devic
         busy, compute, use = slow(cupy), cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
         # Loading a kernel waits for streams, those included that stand still until a layer comes: all are loaded before.
         busy()
-        source[0] = 0
+        source[:] = 1
+        source[0] = 1
         if to_device:
             seen[0] = target[0, -1]
         cupy.cuda.Device().synchronize()
