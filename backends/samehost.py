@@ -1,9 +1,13 @@
-"""Copies between two processes of one host with process_vm_readv and process_vm_writev (Linux, `man 2 process_vm_readv`).
+"""Copies between two processes of one host, in one of two ways; the peer's interpreter takes no part in either: it may be stuck.
 
-The kernel copies straight between the two address spaces: one copy, no buffer in between, and the peer's interpreter takes no
-part, so that it may be stuck. The kernel allows it where ptrace would be (same user; Yama's ptrace_scope 0). A process id may mean
-another process in another container, or after a restart: `connect` reads a secret out of the peer's memory to be sure, and a
-pidfd (`man 2 pidfd_open`), which never comes to mean another process, is watched from then on.
+direct: process_vm_readv and process_vm_writev (Linux, `man 2 process_vm_readv`). The kernel copies straight between the two address
+spaces, once; but for each segment it pins the pages of the other side. packed: through shared memory, into which a thread of ours
+packs segments while a native thread of the peer unpacks them (native/packed.c): twice the copying, by two cores at once, and a
+segment costs next to nothing. Which is better for an op is learnt while running (costs.py).
+
+The kernel allows both where ptrace would be (same user; Yama's ptrace_scope 0). A process id may mean another process in another
+container, or after a restart: `connect` reads a secret out of the peer's memory to be sure, and a pidfd (`man 2 pidfd_open`), which
+never comes to mean another process, is watched from then on.
 """
 
 from __future__ import annotations
@@ -13,61 +17,123 @@ import json
 import os
 import secrets
 import select
+import struct
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, quiesce
-from nixl_async.descriptors import MemoryKind, Side
-from nixl_async.errors import AccessError, BackendError, PeerLost, TransferError
+from nixl_async.costs import Cost, Prediction, Way, Ways
+from nixl_async.descriptors import MemoryKind, Plan, Side
+from nixl_async.errors import AccessError, BackendError, ConfigurationError, PeerLost, TransferError
+from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.native import ffi, int64, lib
 
-_NONCE_NBYTES = 16
+DIRECT, PACKED = "process_vm", "packed through shared memory"
+_WAYS = {"direct": DIRECT, "packed": PACKED}
+# Packed, a copy takes two cores, but each side waits for the other about a seventh of the time.
+ASSUMED = (
+    Way(DIRECT, {True: Cost(5e-6, 350e-9, 1.7e-10), False: Cost(5e-6, 200e-9, 1.7e-10)}),
+    Way(PACKED, {True: Cost(60e-6, 10e-9, 1.2e-10), False: Cost(60e-6, 20e-9, 1.3e-10)}, cores=1.7),
+)
+"""Where the learning starts: measured by `python -m bench slices` and `throughput` on two cores of an Intel Xeon at 2.9 GHz."""
 AT_ONCE_NBYTES = 512 << 10
+AT_ONCE_SEGMENTS = 1024
 """Ops up to this size, a tenth of a millisecond's copying, cost the loop less than handing them to a thread would."""
+STALL_SECONDS = 0.1
+"""A peer whose threads have done nothing for so long may be stopped: then the op is carried out directly."""
+_NONCE_NBYTES = 16
+_KEY = struct.Struct("<Q")
+_REFUSALS = {1: "it has no such region", 2: "an address lies outside the region", 3: "the region is read-only"}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Process:
     pid: int
     pidfd: int
     alive: select.poll
+    identity: int
+    packed: Any = None
+    """The native side of packed copies; `None` without, and then `unpacked` says why."""
+    unpacked: str = ""
+    ways: Ways = field(default_factory=lambda: Ways(ASSUMED))
+    under_way: dict[str, int] = field(default_factory=lambda: {DIRECT: 0, PACKED: 0})
+    mixed: int = 0
+    """How often an op was begun while others went the other way: what such ops take says nothing of either way alone."""
     ended: bool = False
 
 
 class SameHostBackend(Backend):
-    """Moves bytes to and from the memory of a peer's process on this host; small copies at once, large ones on threads."""
+    """Moves bytes to and from the memory of a peer's process on this host; small copies at once, large ones on threads.
+
+    `way`: "direct" or "packed" to copy in no other way; by default the one that takes less of the cores' time.
+    """
 
     name = "samehost"
     rank = 10
     limits = Limits(max_ops=4, inline_nbytes=64 << 10, max_op_nbytes=16 << 20)
 
-    def __init__(self) -> None:
+    def __init__(self, *, way: str | None = None) -> None:
         if not hasattr(os, "pidfd_open"):
             raise BackendError("this Python has no os.pidfd_open; the samehost backend needs Linux 5.3", backend=self.name)
+        if way is not None and way not in _WAYS:
+            raise ConfigurationError(f"way is {way!r}; it must be one of {', '.join(map(repr, _WAYS))}, or None for either")
+        self._forced = None if way is None else _WAYS[way]
         self._nonce = np.frombuffer(bytearray(secrets.token_bytes(_NONCE_NBYTES)), np.uint8)
+        # What our packed copies are known by to the peers that serve them.
+        self._identity = secrets.randbits(63) | 1
         self._processes: dict[str, _Process] = {}
         self._host: Host | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._done = ffi.new("int64_t *")
+        # Apart from the others: they wait for the peer, which may be stopped.
+        self._packers: ThreadPoolExecutor | None = None
+        self._server: Any = ffi.NULL
+        self._spent = ffi.new("int64_t *")
 
     async def open(self, host: Host) -> None:
         """Make ready to start threads when there is work for them."""
         self._host = host
-        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="nixl-samehost")
+        n_cores = len(os.sched_getaffinity(0))
+        self._threads = ThreadPoolExecutor(min(4, n_cores), thread_name_prefix="nixl-samehost")
+        self._packers = ThreadPoolExecutor(self.limits.max_ops, thread_name_prefix="nixl-packer")
+        if self._forced != DIRECT:
+            self._server = lib.nx_packed_open(max(1, min(4, n_cores // 2)), self._nonce.tobytes())
 
     async def aclose(self) -> None:
         """Stop watching peers and end the threads."""
         for peer in list(self._processes):
             await self.disconnect(peer)
-        if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
+        for threads in (self._threads, self._packers):
+            if threads is not None:
+                threads.shutdown()
+        self._threads = self._packers = None
+        if self._server != ffi.NULL:
+            server, self._server = self._server, ffi.NULL
+            lib.nx_packed_close(server)
+
+    async def register(self, region: MemoryRegion) -> bytes:
+        """Let peers that know the key ask our threads to read the region, and to write to it unless it is read-only."""
+        self._opened()
+        if self._server == ffi.NULL:
+            return b""
+        key = secrets.randbits(64)
+        if status := lib.nx_packed_register(self._server, key, region.address, region.nbytes, region.readonly):
+            raise BackendError(f"cannot register: {os.strerror(-status)}", backend=self.name)
+        return _KEY.pack(key)
+
+    async def unregister(self, region: MemoryRegion) -> None:
+        """Refuse the key, and wait until our threads do not touch the region."""
+        if key := region.keys.get(self.name):
+            await self._until_quiet(lib.nx_packed_unregister, *_KEY.unpack(key))
 
     def describe(self) -> bytes:
-        """Return this process's id, and where a secret is in its memory."""
+        """Return this process's id, where a secret is in its memory, and the file of the directory of its shared memory."""
         value = {"pid": os.getpid(), "address": self._nonce.ctypes.data, "nonce": self._nonce.tobytes().hex()}
+        if self._server != ffi.NULL:
+            value |= {"packed": lib.nx_packed_fd(self._server), "identity": self._identity}
         return json.dumps(value).encode()
 
     async def connect(self, peer: PeerInfo) -> None:
@@ -76,7 +142,9 @@ class SameHostBackend(Backend):
         try:
             value = json.loads(peer.description)
             pid, address, nonce = int(value["pid"]), int(value["address"]), bytes.fromhex(value["nonce"])
-        except (ValueError, KeyError, TypeError) as error:
+            # Older peers have none.
+            fd, identity = int(value.get("packed", -1)), int(value.get("identity", 0))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BackendError(f"peer {peer.name!r} described itself wrongly: {error!r}", backend=self.name) from None
         if pid <= 0 or not 0 < address < 1 << 47 or len(nonce) != _NONCE_NBYTES:
             raise BackendError(f"peer {peer.name!r} described itself wrongly: pid {pid}, address {address}", backend=self.name)
@@ -97,16 +165,42 @@ class SameHostBackend(Backend):
         alive = select.poll()
         alive.register(pidfd, select.POLLIN)
         await self.disconnect(peer.name)
-        self._processes[peer.name] = _Process(pid, pidfd, alive)
+        process = _Process(pid, pidfd, alive, identity)
+        self._processes[peer.name] = process
         host.loop.add_reader(pidfd, self._ended, peer.name)
+        self._open_packed(process, fd, nonce)
+
+    def _open_packed(self, process: _Process, fd: int, nonce: bytes) -> None:
+        """Serve the peer's packed copies, and open the way for ours; where that cannot be, there is the direct way."""
+        if self._server == ffi.NULL:
+            process.unpacked = "it is switched off" if self._forced == DIRECT else "there is no shared memory to be had"
+            return
+        if not (0 <= fd < 1 << 31 and 0 < process.identity < 1 << 64):
+            process.unpacked = "the peer does not offer it"
+            return
+        error = ffi.new("int *")
+        if status := lib.nx_packed_accept(self._server, process.identity):
+            process.unpacked = f"the peer cannot be served: {os.strerror(-status)}"
+            return
+        packed = lib.nx_packed_dial(process.pid, fd, nonce, self._identity, error)
+        if packed == ffi.NULL:
+            process.unpacked = f"the peer's shared memory cannot be opened: {os.strerror(-error[0])}"
+        else:
+            process.packed = ffi.gc(packed, lib.nx_packed_hangup)
 
     async def disconnect(self, peer: str) -> None:
-        """Forget a peer's process."""
+        """Forget a peer's process; afterwards our threads serve none of its requests."""
         process = self._processes.pop(peer, None)
-        if process is not None:
-            if not process.ended:
-                self._opened().loop.remove_reader(process.pidfd)
-            os.close(process.pidfd)
+        if process is None:
+            return
+        if not process.ended:
+            self._opened().loop.remove_reader(process.pidfd)
+        os.close(process.pidfd)
+        if process.packed is not None:
+            lib.nx_packed_lost(process.packed)
+            _let_go(process)
+        if 0 < process.identity < 1 << 64:
+            await self._until_quiet(lib.nx_packed_dismiss, process.identity)
 
     def refusal(self, src: Side, dst: Side) -> str | None:
         """Refuse anything but DRAM with one side that of a process on this host."""
@@ -116,38 +210,105 @@ class SameHostBackend(Backend):
             return "it copies to and from other processes of this host only"
         return None
 
+    def how(self, src: Side, dst: Side) -> str:
+        """Tell why there is one way only, where that is so."""
+        process = self._processes.get(src.peer or dst.peer or "")
+        return f"{DIRECT} only: {process.unpacked}" if process is not None and process.unpacked else ""
+
+    def predict(self, plan: Plan) -> tuple[Prediction, ...]:
+        """Return what the plan should take by either way, by what has been learnt of this peer."""
+        process, put = self._processes.get(plan.src.peer or plan.dst.peer or ""), plan.dst.peer is not None
+        if process is None:
+            return ()
+        ways = process.ways.predict(put, len(plan.lengths), plan.nbytes, self._allowed(process, plan.dst if put else plan.src))
+        if self._forced is None and plan.nbytes <= AT_ONCE_NBYTES:
+            return tuple(sorted(ways, key=lambda one: one.way != DIRECT))
+        return ways
+
     def copy_now(self, op: Op) -> bool:
-        """Copy at once."""
+        """Copy at once, directly, unless there are so many segments that this would hold up the loop."""
         process = self._process(op)
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
-        lengths = op.plan.lengths
-        arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
-        status = lib.nx_process_vm(process.pid, op.put, *arrays, len(lengths), ffi.NULL, self._done)
-        if status:
+        if self._forced == PACKED or len(op.plan.lengths) > AT_ONCE_SEGMENTS:
+            return False
+        if status := self._direct(process, op, ffi.NULL, self._spent):
             self._fail(status, op, process)
         return True
 
     async def copy(self, op: Op) -> None:
-        """Copy on a thread; when cancelled, stop at the next mebibyte."""
-        if op.nbytes <= AT_ONCE_NBYTES:
-            self.copy_now(op)
-            return
+        """Copy on a thread, by the cheaper way; when cancelled, stop at the next mebibyte."""
         host = self._opened()
         process = self._process(op)
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
-        lengths = op.plan.lengths
-        stop = ffi.new("int32_t *")
-
-        def run() -> int:
-            arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
-            return int(lib.nx_process_vm(process.pid, op.put, *arrays, len(lengths), stop, ffi.new("int64_t *")))
+        segments, nbytes = len(op.plan.lengths), op.plan.nbytes
+        if nbytes <= AT_ONCE_NBYTES and self.copy_now(op):
+            return
+        allowed = self._allowed(process, op.plan.dst if op.put else op.plan.src)
+        if not allowed:
+            raise BackendError(
+                f"peer {op.peer!r}: there is no packed way: {process.unpacked}", backend=self.name, peer=op.peer
+            )
+        way = process.ways.choose(op.put, segments, nbytes, allowed, busy=any(process.under_way.values()))
+        stop, spent, packed = ffi.new("int32_t *"), ffi.new("int64_t *"), process.packed
 
         def cancel() -> None:
             stop[0] = 1
+            if way == PACKED:
+                lib.nx_packed_wake(packed)
 
-        status = await quiesce(host.loop.run_in_executor(self._threads, run), cancel)
+        if way == PACKED:
+            run, threads = partial(self._packed, packed), self._packers
+        else:
+            run, threads = partial(self._direct, process), self._threads
+        others = sum(process.under_way.values()) - process.under_way[way]
+        process.mixed += others > 0
+        process.under_way[way] += 1
+        mixed = process.mixed
+        try:
+            status = await quiesce(host.loop.run_in_executor(threads, run, op, stop, spent), cancel)
+        finally:
+            process.under_way[way] -= 1
+        if status == -errno.EAGAIN or (status == 0 and not others and process.mixed == mixed):
+            process.ways.learn(way, op.put, segments, nbytes, spent[0] * 1e-9)
+        if status == -errno.EAGAIN:
+            way = DIRECT
+            status = await quiesce(host.loop.run_in_executor(self._threads, self._direct, process, op, stop, spent), cancel)
         if status:
             self._fail(status, op, process)
+
+    def _direct(self, process: _Process, op: Op, stop: Any, spent: Any) -> int:
+        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        lengths = op.plan.lengths
+        arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
+        return int(lib.nx_process_vm(process.pid, op.put, *arrays, len(lengths), stop, spent))
+
+    def _packed(self, packed: Any, op: Op, stop: Any, spent: Any) -> int:
+        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        lengths = op.plan.lengths
+        arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
+        index = ffi.NULL if theirs.index is None else int64(theirs.index)
+        keys = b"".join([region.keys[self.name] for region in theirs.regions if isinstance(region, RemoteRegion)])
+        stall_ns = 0 if self._forced else int(STALL_SECONDS * 1e9)
+        return int(lib.nx_packed_move(packed, op.put, len(lengths), *arrays, index, keys, stop, stall_ns, spent))
+
+    def _allowed(self, process: _Process, theirs: Side) -> tuple[str, ...]:
+        """Return the ways to copy to or from memory of a peer."""
+        packed = process.packed is not None and all(
+            isinstance(region, RemoteRegion) and len(region.keys.get(self.name, b"")) == _KEY.size for region in theirs.regions
+        )
+        if packed:
+            lanes = lib.nx_packed_ready(process.packed)
+            packed = lanes > 0
+            if lanes < 0:
+                process.unpacked = f"the peer's shared memory cannot be used: {os.strerror(-lanes)}"
+                _let_go(process)
+        if self._forced is not None:
+            return (self._forced,) if packed or self._forced == DIRECT else ()
+        return (DIRECT, PACKED) if packed else (DIRECT,)
+
+    async def _until_quiet(self, function: Any, number: int) -> None:
+        """Call a function of the serving side; where it finds a copy going on, again on a thread, which waits for that."""
+        if self._server != ffi.NULL and function(self._server, number, False) == -errno.EBUSY:
+            server = self._server
+            await quiesce(self._opened().loop.run_in_executor(None, function, server, number, True))
 
     def _opened(self) -> Host:
         if self._host is None or self._threads is None:
@@ -165,15 +326,22 @@ class SameHostBackend(Backend):
         host, process = self._opened(), self._processes[peer]
         host.loop.remove_reader(process.pidfd)
         process.ended = True
+        if process.packed is not None:
+            lib.nx_packed_lost(process.packed)
         host.peer_lost(peer, f"process {process.pid} ended")
 
     def _probe(self, pid: int, peer: str, buffer: np.ndarray, address: int, *, put: bool) -> None:
         arrays = [np.array([value], np.int64) for value in (buffer.ctypes.data, address, buffer.nbytes)]
-        status = lib.nx_process_vm(pid, put, *map(int64, arrays), 1, ffi.NULL, self._done)
+        status = lib.nx_process_vm(pid, put, *map(int64, arrays), 1, ffi.NULL, self._spent)
         if status:
             self._raise(status, "write to" if put else "read from", pid, peer)
 
     def _fail(self, status: int, op: Op, process: _Process) -> None:
+        if status > 0:
+            why = _REFUSALS.get(status, f"it finds the request malformed ({status})")
+            raise AccessError(f"peer {op.peer!r} refuses: {why}", backend=self.name, peer=op.peer)
+        if -status == errno.ENOTCONN:
+            raise PeerLost(f"peer {op.peer!r} serves us no longer", backend=self.name, peer=op.peer)
         if -status == errno.ESRCH or process.alive.poll(0):
             raise PeerLost(f"the process of peer {op.peer!r} has ended", backend=self.name, peer=op.peer)
         self._raise(status, "write to" if op.put else "read from", process.pid, op.peer)
@@ -185,3 +353,10 @@ class SameHostBackend(Backend):
                 f"{text}: both processes need the same user, and kernel.yama.ptrace_scope 0", backend=self.name, peer=peer
             )
         raise BackendError(text, backend=self.name, peer=peer)
+
+
+def _let_go(process: _Process) -> None:
+    """Unmap the peer's shared memory, or leave that to the last op that uses it."""
+    packed, process.packed = process.packed, None
+    if not process.under_way[PACKED]:
+        ffi.release(packed)

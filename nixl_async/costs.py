@@ -7,7 +7,7 @@ no number becomes negative, and about what the copies do not tell (all have one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 FORGETTING = 0.97
@@ -19,10 +19,14 @@ INERTIA = 0.05
 OUTLIER = 4.0
 """A copy counts as lasting at most so many times what was expected: one whose thread had to wait for a core tells little."""
 SWEEPS = 4
-EXPLORE_EVERY = 200
-"""After so many choices in one direction another way is tried once, so that a wrong assumption is found out."""
+EXPLORE_EVERY = 40
+"""After so many choices in one direction another way that should cost the same is tried; one of twice the cost more rarely."""
+NEW_SAMPLES, EXPLORE_NEW_EVERY = 4, 8
+"""A way that has seen fewer copies with segments of such a size is tried after so many: what it learnt may not hold there."""
 EXPLORE_FACTOR = 4.0
-"""A way that is expected to cost more than so many times the cheapest is tried that much more rarely."""
+"""But if it should cost more than so many times the cheapest, that much more rarely."""
+BURST = 8
+"""While copies go on, so many in a row go the same way: two ways at once take each other's cores, which tells nothing of either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +99,14 @@ class LearntCost:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way of copying: its name, what it is assumed to cost, and how many cores it keeps busy.
+    """A way of copying: its name, what it is assumed to cost, and how many cores it keeps busy on average.
 
     `assumed` is by direction: `True` to the peer, `False` from it.
     """
 
     name: str
     assumed: Mapping[bool, Cost]
-    cores: int = 1
+    cores: float = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +115,13 @@ class Prediction:
 
     way: str
     seconds: float
-    cores: int
+    cores: float
     cost: Cost
     samples: int
 
     def __str__(self) -> str:
         cores = "core" if self.cores == 1 else "cores"
-        return f"{self.way} {self.seconds * 1e6:,.0f} µs on {self.cores} {cores}"
+        return f"{self.way} {self.seconds * 1e6:,.0f} µs on {self.cores:g} {cores}"
 
 
 class Ways:
@@ -131,15 +135,29 @@ class Ways:
         self._cores = {way.name: way.cores for way in ways}
         self._learnt = {(way.name, put): LearntCost(cost) for way in ways for put, cost in way.assumed.items()}
         self._debts: dict[tuple[str, bool], float] = {}
+        self._bursts: dict[tuple[bool, int], tuple[str, int]] = {}
+        # How many copies with segments of a size were learnt from.
+        self._seen: dict[tuple[str, bool, int], int] = {}
 
-    def choose(self, put: bool, segments: int, nbytes: int, allowed: Iterable[str]) -> str:
-        """Return the way to copy by: the cheapest of `allowed`, rarely another one that is tried."""
+    def choose(self, put: bool, segments: int, nbytes: int, allowed: Sequence[str], *, busy: bool = False) -> str:
+        """Return the way to copy by: the cheapest of `allowed`, rarely another one that is tried; `busy`: others are under way."""
+        size = _size_class(segments, nbytes)
+        chosen, left = self._bursts.get((put, size), ("", 0))
+        if not busy or left <= 0 or chosen not in allowed:
+            chosen, left = self._choose_anew(put, segments, nbytes, allowed), BURST
+        self._bursts[put, size] = chosen, left - 1
+        return chosen
+
+    def _choose_anew(self, put: bool, segments: int, nbytes: int, allowed: Sequence[str]) -> str:
         costs = {name: self._cores[name] * self._learnt[name, put].seconds(segments, nbytes) for name in allowed}
         best = min(costs, key=costs.__getitem__)
-        if len(costs) == 1:
-            return best
         for name, cost in costs.items():
-            debt = self._debts.get((name, put), 0.0) + min(1.0, EXPLORE_FACTOR * costs[best] / max(cost, 1e-9)) / EXPLORE_EVERY
+            share = costs[best] / max(cost, 1e-9)
+            if self._seen.get((name, put, _size_class(segments, nbytes)), 0) < NEW_SAMPLES:
+                due = min(1.0, EXPLORE_FACTOR * share) / EXPLORE_NEW_EVERY
+            else:
+                due = share * share / EXPLORE_EVERY
+            debt = self._debts.get((name, put), 0.0) + due
             self._debts[name, put] = 0.0 if name == best or debt >= 1.0 else debt
             if name != best and debt >= 1.0:
                 return name
@@ -148,6 +166,8 @@ class Ways:
     def learn(self, name: str, put: bool, segments: int, nbytes: int, seconds: float) -> None:
         """Take note of a copy that has ended."""
         self._learnt[name, put].learn(segments, nbytes, seconds)
+        key = name, put, _size_class(segments, nbytes)
+        self._seen[key] = self._seen.get(key, 0) + 1
 
     def seconds(self, name: str, put: bool, segments: int, nbytes: int) -> float:
         """Return how long a copy should take by one way."""
@@ -161,3 +181,8 @@ class Ways:
             seconds = learnt.seconds(segments, nbytes)
             found.append(Prediction(name, seconds, self._cores[name], learnt.cost, learnt.samples))
         return tuple(sorted(found, key=lambda one: one.seconds * one.cores))
+
+
+def _size_class(segments: int, nbytes: int) -> int:
+    """Return the same number for mean sizes of segments within a factor of four."""
+    return (nbytes // max(segments, 1)).bit_length() // 2

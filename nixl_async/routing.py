@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nixl_async.backend import Backend
+from nixl_async.costs import Prediction
 from nixl_async.descriptors import Plan, Region
 from nixl_async.errors import NoRoute
 from nixl_async.membership import Membership
@@ -13,7 +14,10 @@ from nixl_async.membership import Membership
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Which backend would move bytes between two places and `how`, and why the others would not."""
+    """Which backend would move bytes between two places and `how`, and why the others would not.
+
+    `costs`: what it should take by each way of that backend, with the numbers learnt so far; the way it would choose comes first.
+    """
 
     route: str | None
     routes: tuple[str, ...]
@@ -21,11 +25,13 @@ class Explanation:
     segments: int
     nbytes: int
     how: str = ""
+    costs: tuple[Prediction, ...] = ()
 
     def __str__(self) -> str:
         way = f" ({self.how})" if self.how else ""
         chosen = f"by {self.route}{way}" if self.route else "no route"
         lines = [f"{self.nbytes} bytes in {self.segments} segments: {chosen}"]
+        lines += [f"  {'expected' if cost is self.costs[0] else 'otherwise'}: {cost}" for cost in self.costs]
         lines += [f"  {name}: next in line" for name in self.routes[1:]]
         lines += [f"  {name}: no: {why}" for name, why in self.refusals.items()]
         return "\n".join(lines)
@@ -59,8 +65,14 @@ class Router:
                 routes.append(backend.name)
             else:
                 refusals[backend.name] = why or f"backend={forced!r} was asked for"
-        how = self.backends[routes[0]].how(plan.src, plan.dst) if routes else ""
-        return Explanation(routes[0] if routes else None, tuple(routes), refusals, len(plan.lengths), plan.nbytes, how)
+        segments = len(plan.lengths)
+        if not routes:
+            return Explanation(None, (), refusals, segments, plan.nbytes)
+        chosen = self.backends[routes[0]]
+        costs = chosen.predict(plan)
+        # A backend that tells what its ways cost need not tell which one it takes.
+        how = chosen.how(plan.src, plan.dst) or (costs[0].way if costs else "")
+        return Explanation(routes[0], tuple(routes), refusals, segments, plan.nbytes, how, costs)
 
     def routes(self, plan: Plan, forced: str | None) -> tuple[str, ...]:
         """Return the backends that can copy a plan, the preferred first.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nixl_async.costs import EXPLORE_EVERY, Cost, LearntCost, Way, Ways
+from nixl_async.costs import BURST, EXPLORE_EVERY, EXPLORE_NEW_EVERY, NEW_SAMPLES, Cost, LearntCost, Way, Ways
 
 ASSUMED = Cost(5e-6, 300e-9, 2e-10)
 numbers = st.tuples(
@@ -119,8 +120,22 @@ def test_a_wrong_assumption_is_found_out(true: tuple[float, float, float], facto
 def test_the_dearer_way_is_tried_rarely() -> None:
     cheap, dear = Cost(1e-6, 1e-9, 1e-10), Cost(2e-6, 2e-9, 2e-10)
     ways = _ways(cheap, dear)
+    for _ in range(NEW_SAMPLES):
+        ways.learn("two", False, 10, 1 << 20, dear.seconds(10, 1 << 20))
     chosen = [ways.choose(False, 10, 1 << 20, ["one", "two"]) for _ in range(EXPLORE_EVERY * 10)]
     assert 1 <= chosen.count("two") <= 10
+
+
+def test_while_copies_go_on_several_in_a_row_go_the_same_way() -> None:
+    ways = _ways(Cost(1e-6, 1e-9, 1e-10), Cost(2e-6, 2e-9, 2e-10))
+    chosen = [ways.choose(True, 10, 1 << 20, ["one", "two"], busy=True) for _ in range(BURST * EXPLORE_NEW_EVERY * 4)]
+    runs = [list(run) for _, run in itertools.groupby(chosen)]
+    assert len(runs) > 2
+    assert all(len(run) % BURST == 0 for run in runs)
+    # Of another size, or when nothing goes on, or where that way is not to be had, the choice is free.
+    assert ways.choose(True, 10, 1 << 20, ["two"], busy=True) == "two"
+    assert ways.choose(True, 1, 1 << 20, ["one", "two"], busy=True) == "one"
+    assert ways.choose(True, 10, 1 << 20, ["one", "two"]) == "one"
 
 
 def test_directions_are_learnt_apart() -> None:

@@ -24,6 +24,8 @@
 #include <unistd.h>
 
 #include "tcp.h"
+#include "past_cache.c"
+#include "regions.c"
 #include "tcp_state.c"
 #include "tcp_stream.c"
 
@@ -65,6 +67,7 @@ static void tcp_unref(nx_tcp_stream *stream) {
         close(stream->express);
     pthread_mutex_destroy(&stream->lock);
     free(stream->stage);
+    free(stream->bounce);
     free(stream);
 }
 
@@ -464,13 +467,8 @@ void nx_tcp_close(nx_tcp *engine) {
     }
     for (int i = 0; i < engine->n_listeners; i++)
         close(engine->listeners[i]);
-    for (int i = 0; i < TCP_BUCKETS; i++)
-        while (engine->regions[i]) {
-            tcp_region *region = engine->regions[i];
-            engine->regions[i] = region->next;
-            free(region);
-        }
-    pthread_mutex_destroy(&engine->regions_lock);
+    regions_clear(&engine->regions);
+    pthread_mutex_destroy(&engine->regions.lock);
     pthread_mutex_destroy(&engine->done_lock);
     free(engine->done);
     free(engine);
@@ -485,7 +483,7 @@ nx_tcp *nx_tcp_open(int threads, int event_fd, const uint8_t *token) {
     memcpy(engine->token, token, 16);
     engine->event_fd = event_fd;
     engine->n_loops = threads;
-    pthread_mutex_init(&engine->regions_lock, NULL);
+    pthread_mutex_init(&engine->regions.lock, NULL);
     pthread_mutex_init(&engine->done_lock, NULL);
     int failed = 0;
     sigset_t all, before;

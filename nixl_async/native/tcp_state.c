@@ -1,7 +1,7 @@
 /* The socket engine's types, its table of regions and its completions. Part of the unit tcp.c.
 
    Locks, in the order in which they may nest: a stream's `lock` (its socket and queues), a loop's `lock` (inbox and list of
-   streams), the engine's `regions_lock`, the engine's `done_lock`. */
+   streams), the lock of the engine's `regions`, the engine's `done_lock`. */
 #define TCP_MAGIC 0x5458494eu
 #define TCP_HELLO "nixltcp1"
 #define TCP_MAX_IDENTITY 1024
@@ -14,9 +14,10 @@
 #define TCP_CHUNK (1 << 20)
 /* What one readv takes. Small: the kernel's buffers come back while they are in the cache; 1 MiB costs a third of the speed on loopback. */
 #define TCP_RECEIVE (64 << 10)
+/* Payload for so many places is received in one piece and spread from there: the kernel is slow at filling small ones. */
+#define TCP_SPREAD 12
 #define TCP_QUANTUM (4 << 20)
 #define TCP_STALE_NS 1000000000ll
-#define TCP_BUCKETS 256
 #define TCP_MAX_LISTENERS 16
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -24,7 +25,8 @@
 #endif
 
 enum { TCP_PUT = 1, TCP_GET, TCP_ACK, TCP_DATA, TCP_REFUSED };
-enum { TCP_UNKNOWN_KEY = 1, TCP_OUT_OF_RANGE, TCP_READ_ONLY, TCP_NO_MEMORY };
+/* Beside those of regions.c. */
+enum { TCP_NO_MEMORY = 4 };
 enum { RX_HELLO, RX_HEAD, RX_TABLE, RX_PAYLOAD, RX_DISCARD };
 enum { DO_SUBMIT, DO_CANCEL, DO_DROP, DO_DROP_ACCEPTED, DO_CUT_REGION };
 
@@ -53,13 +55,6 @@ typedef union {
 
 _Static_assert(sizeof(tcp_header) == 32 && sizeof(tcp_hello) == 32 && sizeof(tcp_entry) == 16, "frames have no padding");
 
-typedef struct tcp_region {
-    struct tcp_region *next;
-    uint64_t key, address, nbytes;
-    int readonly, gone;
-    int64_t refs, gone_id;
-} tcp_region;
-
 /* A request or a reply. `head` is what is sent first (header, keys, segments), `iov` our memory: sent behind the head (PUT,
    DATA) or filled by what arrives (GET, a peer's PUT). */
 typedef struct tcp_frame {
@@ -71,7 +66,7 @@ typedef struct tcp_frame {
     tcp_entry *iov;
     int64_t n_iov, at;
     uint64_t left;
-    tcp_region **held;
+    nx_region **held;
     uint32_t n_held;
     int cancelled;
     uint64_t seen;
@@ -105,7 +100,7 @@ struct nx_tcp_stream {
     size_t rx_table_done, rx_table_nbytes;
     uint64_t rx_discard;
     uint8_t rx_status;
-    char *stage;
+    char *stage, *bounce;
     size_t stage_at, stage_end;
     uint32_t n_identity;
     char identity[TCP_MAX_IDENTITY];
@@ -140,8 +135,8 @@ struct nx_tcp {
     uint8_t token[16];
     int event_fd, n_loops, strangers, n_listeners, listeners[TCP_MAX_LISTENERS];
     unsigned next_loop;
-    pthread_mutex_t regions_lock, done_lock;
-    tcp_region *regions[TCP_BUCKETS];
+    nx_region_table regions;
+    pthread_mutex_t done_lock;
     tcp_completion *done;
     int64_t n_done, at_done, room_done;
     tcp_loop loops[];
@@ -211,63 +206,23 @@ int nx_tcp_completions(nx_tcp *engine, int64_t *ids, int64_t *statuses, int max)
 
 /* Regions. */
 
-static tcp_region **tcp_find(nx_tcp *engine, uint64_t key) {
-    tcp_region **place = &engine->regions[key % TCP_BUCKETS];
-    while (*place && (*place)->key != key)
-        place = &(*place)->next;
-    return place;
-}
-
 int nx_tcp_register(nx_tcp *engine, uint64_t key, int64_t address, int64_t nbytes, int readonly) {
-    tcp_region *region = calloc(1, sizeof *region);
-    if (!region)
-        return -ENOMEM;
-    region->key = key;
-    region->address = (uint64_t)address;
-    region->nbytes = (uint64_t)nbytes;
-    region->readonly = readonly;
-    pthread_mutex_lock(&engine->regions_lock);
-    tcp_region **place = tcp_find(engine, key);
-    int taken = *place != NULL;
-    if (!taken)
-        *place = region;
-    pthread_mutex_unlock(&engine->regions_lock);
-    if (taken)
-        free(region);
-    return taken ? -EEXIST : 0;
+    return regions_add(&engine->regions, key, address, nbytes, readonly);
 }
 
 /* Refuses the region from here on; `id` completes once no peer's request touches it. */
 int nx_tcp_unregister(nx_tcp *engine, uint64_t key, int64_t id) {
-    pthread_mutex_lock(&engine->regions_lock);
-    tcp_region **place = tcp_find(engine, key), *region = *place;
-    int quiet = region && region->refs == 0;
-    if (quiet) {
-        *place = region->next;
-    } else if (region) {
-        region->gone = 1;
-        region->gone_id = id;
-    }
-    pthread_mutex_unlock(&engine->regions_lock);
-    if (quiet)
-        free(region);
-    if (quiet || !region)
-        tcp_complete(engine, id, region ? 0 : -ENOENT);
+    int status = regions_remove(&engine->regions, key, id);
+    if (status != -EBUSY)
+        tcp_complete(engine, id, status);
     return 0;
 }
 
 static void tcp_release(nx_tcp *engine, tcp_frame *frame) {
     for (uint32_t i = 0; i < frame->n_held; i++) {
-        tcp_region *region = frame->held[i];
-        pthread_mutex_lock(&engine->regions_lock);
-        int quiet = --region->refs == 0 && region->gone;
-        if (quiet)
-            *tcp_find(engine, region->key) = region->next;
-        pthread_mutex_unlock(&engine->regions_lock);
-        if (quiet) {
-            tcp_complete(engine, region->gone_id, 0);
-            free(region);
-        }
+        int64_t id = regions_release(&engine->regions, frame->held[i]);
+        if (id)
+            tcp_complete(engine, id, 0);
     }
     frame->n_held = 0;
 }
@@ -282,33 +237,20 @@ static void tcp_free(nx_tcp *engine, tcp_frame *frame) {
 /* Holds the regions that a peer's request names, checks every segment, and turns the segments into iovecs. Returns 0 or the
    status to refuse with; then nothing is held. */
 static int tcp_admit(nx_tcp *engine, tcp_frame *frame) {
-    const char *keys = frame->memory;
     uint32_t n_keys = frame->header.n_keys;
-    int put = frame->header.kind == TCP_PUT, status = 0;
-    uint64_t key;
     frame->held = malloc(n_keys * sizeof *frame->held);
     if (!frame->held)
         return TCP_NO_MEMORY;
-    pthread_mutex_lock(&engine->regions_lock);
-    for (uint32_t i = 0; i < n_keys && !status; i++) {
-        memcpy(&key, keys + 8 * i, 8);
-        tcp_region *region = *tcp_find(engine, key);
-        if (!region || region->gone)
-            status = TCP_UNKNOWN_KEY;
-        else if (put && region->readonly)
-            status = TCP_READ_ONLY;
-        else {
-            region->refs++;
-            frame->held[frame->n_held++] = region;
-        }
-    }
-    pthread_mutex_unlock(&engine->regions_lock);
+    const uint64_t *keys = (const uint64_t *)(const void *)frame->memory;
+    int status = regions_hold(&engine->regions, keys, n_keys, frame->header.kind == TCP_PUT, frame->held);
+    if (status)
+        return status;
+    frame->n_held = n_keys;
     for (int64_t i = 0; i < frame->n_iov && !status; i++) {
         tcp_entry entry = frame->iov[i];
         uint64_t address = entry.segment.address, nbytes = entry.segment.nbytes;
-        tcp_region *region = frame->held[entry.segment.key];
-        if (address < region->address || nbytes > region->nbytes || address - region->address > region->nbytes - nbytes)
-            status = TCP_OUT_OF_RANGE;
+        if (!region_has(frame->held[entry.segment.key], address, nbytes))
+            status = REGION_OUT_OF_RANGE;
         frame->iov[i].iov = (struct iovec){(void *)(uintptr_t)address, nbytes};
     }
     if (status)

@@ -18,6 +18,19 @@ static void tcp_advance(tcp_frame *frame, size_t n) {
     }
 }
 
+/* Copies what was received in one piece to the frame's next memory. */
+static void tcp_spread(tcp_frame *frame, const char *data, size_t n) {
+    while (n) {
+        struct iovec *iov = &frame->iov[frame->at].iov;
+        size_t piece = n < iov->iov_len ? n : iov->iov_len;
+        copy_past_cache(iov->iov_base, data, piece);
+        tcp_advance(frame, piece);
+        data += piece;
+        n -= piece;
+    }
+    past_cache_done();
+}
+
 /* Adds the frame's next memory to `out`, up to `limit` bytes; returns how many were added. */
 static size_t tcp_gather(const tcp_frame *frame, struct iovec *out, int *n_out, int max, size_t limit) {
     size_t bytes = 0;
@@ -342,6 +355,13 @@ static int tcp_receive(nx_tcp_stream *stream, size_t budget) {
             left = direct = stream->rx_table_nbytes - stream->rx_table_done;
             iov[n++] = (struct iovec){stream->rx_table + stream->rx_table_done, direct};
         }
+        int spread = stream->phase == RX_PAYLOAD && n >= TCP_SPREAD;
+        if (spread && (stream->bounce || (stream->bounce = malloc(TCP_RECEIVE)))) {
+            iov[0] = (struct iovec){stream->bounce, direct};
+            n = 1;
+        } else {
+            spread = 0;
+        }
         size_t wanted = direct;
         if (direct == left) {
             /* The next frame's beginning comes with this one's end. */
@@ -365,7 +385,9 @@ static int tcp_receive(nx_tcp_stream *stream, size_t budget) {
         budget -= (size_t)got < budget ? (size_t)got : budget;
         size_t taken = (size_t)got < direct ? (size_t)got : direct;
         stream->stage_end += (size_t)got - taken;
-        if (stream->phase == RX_PAYLOAD)
+        if (spread)
+            tcp_spread(stream->rx_frame, stream->bounce, taken);
+        else if (stream->phase == RX_PAYLOAD)
             tcp_advance(stream->rx_frame, taken);
         else if (stream->phase == RX_TABLE)
             stream->rx_table_done += taken;

@@ -34,6 +34,15 @@ class TestSameHost(BackendTests):
     checks_bounds = False
 
 
+class TestSameHostDirect(TestSameHost):
+    options: ClassVar = {"way": "direct"}
+
+
+class TestSameHostPacked(BackendTests):
+    backend = "samehost"
+    options: ClassVar = {"way": "packed"}
+
+
 class TestTCP(BackendTests):
     backend = "tcp"
 
