@@ -19,7 +19,7 @@ import secrets
 import select
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,8 @@ class SameHostBackend(Backend):
         if way is not None and way not in _WAYS:
             raise ConfigurationError(f"way is {way!r}; it must be one of {', '.join(map(repr, _WAYS))}, or None for either")
         self._forced = None if way is None else _WAYS[way]
+        self._n_threads = min(4, len(os.sched_getaffinity(0)))
+        self.limits = replace(type(self).limits, lanes=self._n_threads)
         self._nonce = np.frombuffer(bytearray(secrets.token_bytes(_NONCE_NBYTES)), np.uint8)
         # What our packed copies are known by to the peers that serve them.
         self._identity = secrets.randbits(63) | 1
@@ -96,11 +98,10 @@ class SameHostBackend(Backend):
     async def open(self, host: Host) -> None:
         """Make ready to start threads when there is work for them."""
         self._host = host
-        n_cores = len(os.sched_getaffinity(0))
-        self._threads = ThreadPoolExecutor(min(4, n_cores), thread_name_prefix="nixl-samehost")
+        self._threads = ThreadPoolExecutor(self._n_threads, thread_name_prefix="nixl-samehost")
         self._packers = ThreadPoolExecutor(self.limits.max_ops, thread_name_prefix="nixl-packer")
         if self._forced != DIRECT:
-            self._server = lib.nx_packed_open(max(1, min(4, n_cores // 2)), self._nonce.tobytes())
+            self._server = lib.nx_packed_open(max(1, min(4, len(os.sched_getaffinity(0)) // 2)), self._nonce.tobytes())
 
     async def aclose(self) -> None:
         """Stop watching peers and end the threads."""
