@@ -23,6 +23,7 @@ from bench.session import DEFAULT, SAME_HOST, TCP, UCX_TCP, Path, Settings, Wron
 from bench.suites import (
     azure,
     busy,
+    compat,
     descriptors,
     files,
     idle,
@@ -79,6 +80,7 @@ COMMANDS = {
     "idle": Command("Nothing moves", ((DEFAULT.name, idle.idle),)),
     "busy-peer": Command("The peer spins in pure Python", _paths(busy.busy_peer, SAME_HOST, TCP, UCX_TCP)),
     "many": Command("Many transfers at once", _paths(many.many, SAME_HOST, TCP)),
+    "compat": Command("NIXL's own API: the drop-in beside NIXL", ((DEFAULT.name, compat.compat),)),
     "descriptors": Command("Descriptors", ((DEFAULT.name, descriptors.descriptors),)),
     "planner": Command("Head slices out of block tables", ((DEFAULT.name, planner.planner),)),
     "qos": Command("Traffic classes", _paths(qos.qos, SAME_HOST, TCP)),
@@ -234,6 +236,7 @@ for _name, _command_help in {
     "idle": "CPU of an agent with 8 peers and 100 pending waits.",
     "busy-peer": "A pull from a peer that spins in pure Python.",
     "many": "10,000 small transfers at once.",
+    "compat": "The drop-in for NIXL's Python API beside NIXL, asked by one program.",
     "descriptors": "Nanoseconds per descriptor; prepared transfers.",
     "planner": "Nanoseconds per head slice of a planned request.",
     "qos": "Shares of three traffic classes; 1 MiB urgent transfers beside 1 GiB of bulk.",

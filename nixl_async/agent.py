@@ -354,17 +354,17 @@ class Agent(StorageCalls, LayerCalls):
         self._check_open()
         return self._membership.metadata(regions)
 
-    async def add_peer(self, metadata: bytes) -> Peer:
+    async def add_peer(self, metadata: bytes, *, token: bytes | None = None) -> Peer:
         """Load another agent's metadata, a stock NIXL agent's included, and connect to it.
 
-        Loading it again adds regions that are new in it.
+        Loading it again adds regions that are new in it. `token` is that agent's secret, if it is not this agent's too.
 
         Raises:
             ProtocolError: the metadata is malformed.
             PeerLost: the agent cannot be reached, or is no longer the one that wrote the metadata.
         """
         self._check_open()
-        return await self._membership.add_peer(metadata)
+        return await self._membership.add_peer(metadata, token)
 
     async def disconnect(self, peer: str | Peer) -> None:
         """Part from a peer: transfers with it fail with `PeerLost`; return when both sides are quiet."""
@@ -496,7 +496,14 @@ class Agent(StorageCalls, LayerCalls):
         self._check_open()
         if backend is not None and backend not in self._backends:
             raise ConfigurationError(f"this agent has no backend {backend!r}; it has {', '.join(self._backends)}")
-        plan = make_plan(src, dst)
+        return self.prepare_plan(make_plan(src, dst), backend=backend)
+
+    def prepare_plan(self, plan: Plan, *, backend: str | None = None) -> PreparedTransfer:
+        """Route a plan that was made of checked sides, as `prepare` does with places. Any thread may call it.
+
+        Raises:
+            NoRoute: no backend can copy between its sides.
+        """
         routes = self._router.routes(plan, backend)
         limits = self._backends[routes[0]].limits
         if 0 < plan.nbytes <= limits.max_op_nbytes and len(plan.lengths) <= limits.max_op_segments:

@@ -35,8 +35,8 @@ class Limits:
     `max_op_nbytes` bytes and `max_op_segments` segments. `drain_seconds`: how long a cancelled op may take to become
     quiet before its memory is quarantined. `batch`: whether small transfers may share an op, and large ones be cut further.
     `max_peer_ops` and `max_peer_nbytes` bound what is in flight towards one peer (0: no bound of its own). While more urgent
-    traffic wants room, ops of less urgent transfers are cut to `slice_nbytes` bytes (0: never). `lanes`: how many ops it truly works
-    on at once: while fewer are in flight, a large transfer that waits alone is cut for them.
+    traffic wants room, ops of less urgent transfers are cut to `slice_nbytes` bytes (0: never). `lanes`: how many ops it works on
+    at once: while fewer are in flight, a large transfer that waits alone is cut for them.
     """
 
     max_ops: int = 4

@@ -1,9 +1,10 @@
-"""The command line: `nixl-async demo`, `self-test`, `backends`, `version`."""
+"""The command line: `nixl-async demo`, `self-test`, `backends`, `run-as-nixl`, `version`."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import errno
 import json
 import os
 import signal
@@ -195,6 +196,24 @@ def self_test() -> None:
 
     if _run(work):
         raise typer.Exit(1)
+
+
+@app.command("run-as-nixl", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run_as_nixl(context: typer.Context) -> None:
+    """Run a command, as `run-as-nixl -- COMMAND`; to it, and to all that it starts, `import nixl` means this library."""
+    from nixl_async.compat import path
+
+    if not context.args:
+        raise _fail("run-as-nixl needs a command: nixl-async run-as-nixl -- python server.py", 2)
+    given = os.environ.get("PYTHONPATH")
+    environment = os.environ | {"PYTHONPATH": path() + (os.pathsep + given if given else "")}
+    try:
+        # The command takes this process's place: signals and the exit status are its own.
+        os.execvpe(context.args[0], context.args, environment)
+    except OSError as error:
+        raise _fail(
+            f"{context.args[0]!r} cannot be run: {error.strerror}", 127 if error.errno == errno.ENOENT else 126
+        ) from None
 
 
 def main() -> None:

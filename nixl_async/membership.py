@@ -89,14 +89,14 @@ class Membership:
         self.address = (advertise or found[0], found[1])
         return self.address
 
-    async def connect(self, host: str, port: int) -> Peer:
-        """Connect to a served agent and wait until both sides know each other's regions."""
+    async def connect(self, host: str, port: int, token: bytes | None = None) -> Peer:
+        """Connect to a served agent and wait until both sides know each other's regions; `token` is that agent's, if not ours."""
         loop = asyncio.get_running_loop()
         try:
             sock = await _dial(host, port)
         except OSError as error:
             raise PeerLost(f"cannot connect to {host}:{port}: {error}", retryable=True) from error
-        link = self._link(connecting=True)
+        link = self._link(connecting=True, token=token)
         try:
             # What we tell the peer of our backends must be where it can reach them: the interface that led to it.
             for backend in self.backends:
@@ -113,7 +113,7 @@ class Membership:
             raise
         return peer
 
-    async def add_peer(self, blob: bytes) -> Peer:
+    async def add_peer(self, blob: bytes, token: bytes | None = None) -> Peer:
         """Load a metadata blob that came out of band; connect to the agent it names."""
         announcement = decode_announcement(blob)
         if announcement.name == self._name:
@@ -123,7 +123,7 @@ class Membership:
             self._add_regions(known, announcement)
             return known
         if announcement.control is not None:
-            peer = await self.connect(*announcement.control)
+            peer = await self.connect(*announcement.control, token)
             if (peer.name, peer.incarnation) != (announcement.name, announcement.incarnation):
                 raise PeerLost(
                     f"{announcement.control[0]}:{announcement.control[1]} is agent {peer.name!r} ({peer.incarnation}) and not the"
@@ -327,8 +327,8 @@ class Membership:
 
     # Inside.
 
-    def _link(self, *, connecting: bool) -> Link:
-        link = Link(self, Greeting.create(self._name, self._incarnation), self._token, connecting=connecting)
+    def _link(self, *, connecting: bool, token: bytes | None = None) -> Link:
+        link = Link(self, Greeting.create(self._name, self._incarnation), token or self._token, connecting=connecting)
         self._links.add(link)
         return link
 

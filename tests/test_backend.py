@@ -87,7 +87,9 @@ def test_ours_are_loaded_by_name(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ConfigurationError, match=r"warp.*azure, cuda, cuda_ipc, directory.*memory.*samehost, staging, tcp, ucx"):
+    with pytest.raises(
+        ConfigurationError, match=r"warp.*azure, cuda, cuda_ipc, directory.*memory.*samehost, staging, tcp, ucx"
+    ):
         load_backend("warp")
 
 

@@ -311,8 +311,8 @@ async def test_explain_tells_both_ways_and_what_was_learnt() -> None:
         for _ in range(4):
             await near.transfer(*pages)
         learnt = near.explain(*pages).costs
-        # The first packed one maps the shared memory, and is not learnt from.
-        assert sum(cost.samples for cost in learnt) == 3
+        # Packed ops that map the shared memory are not learnt from, and each transfer may be cut for every lane.
+        assert 3 <= sum(cost.samples for cost in learnt) < 4 * SameHostBackend().limits.lanes
         assert {cost.way: cost.cost for cost in learnt} != {cost.way: cost.cost for cost in explained.costs}
         assert near.explain(here[0:4096], remote[0:4096]).how == DIRECT
 
