@@ -34,6 +34,7 @@ TESTED_ELSEWHERE = {
     "nixl_async/relay.py": "tests/test_staging.py",
     "nixl_async/cuda_lane.py": "tests/gpu/test_cuda_gpu.py",
     "nixl_async/compat/": "tests/compat/test_behaviours.py",
+    "nixl_async/integrations/": "tests/upstream/run.sh",
     "nixl_async/tiers/__init__.py": "tests/tiers/test_store.py",
     "nixl_async/layers/__init__.py": "tests/layers/test_push.py",
     "nixl_async/layers/calls.py": "tests/layers/test_push.py",
