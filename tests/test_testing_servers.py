@@ -89,19 +89,25 @@ async def test_a_server_starts_answers_and_stops(name: str, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def session() -> ModuleType:
-    return cast("ModuleType", pytest.importorskip("aiobotocore.session"))
+def session() -> Any:
+    session = pytest.importorskip("aiobotocore.session").get_session()
+    # Not on the loop: botocore reads the models of S3 for half a second, once for each session.
+    loader = session.get_component("data_loader")
+    for kind in ("service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"):
+        loader.load_service_model("s3", kind)
+    session.get_component("endpoint_resolver")
+    return session
 
 
 @pytest.mark.parametrize("name", ["seaweedfs", "juicefs"])
-async def test_s3_has_its_bucket_and_knows_its_keys(session: ModuleType, name: str, tmp_path: Path) -> None:
+async def test_s3_has_its_bucket_and_knows_its_keys(session: Any, name: str, tmp_path: Path) -> None:
     config = pytest.importorskip("botocore.config").Config(s3={"addressing_style": "path"})
     failed = pytest.importorskip("botocore.exceptions").ClientError
     async with started(name, tmp_path) as server:
 
         def client(secret: str) -> AbstractAsyncContextManager[Any]:
             keys = {"aws_access_key_id": server.key_id, "aws_secret_access_key": secret}
-            return session.get_session().create_client(  # type: ignore[no-any-return]
+            return session.create_client(  # type: ignore[no-any-return]
                 "s3", endpoint_url=server.endpoint, region_name=server.region, config=config, **keys
             )
 

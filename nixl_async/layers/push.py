@@ -77,7 +77,8 @@ class Push:
             raise ClosedError("a push begins with `async with`")
         if self._error is not None:
             raise self._error
-        self._mover.let_go(chosen, after)
+        # The stream as it is here: what is launched on it later belongs to later layers.
+        self._mover.let_go(chosen, self._exchanges.streams.mark(after))
 
     async def sent(self) -> AsyncIterator[int]:
         """Yield each layer as soon as it is in place at the peer, those that were there before included; their memory is free then.
@@ -203,6 +204,10 @@ class Incoming(LayerStream):
     It outlives the producer: when that is lost, `layers` raises, and another iteration waits for the request to be pushed again, by
     the same peer or, if none was named, by any; what has arrived is not sent again. Leaving the block before all layers are in
     place makes the producer stop, and waits until nothing moves any more.
+
+    A producer that is lost but alive (its network is cut, not its process) goes on writing until it notices too, by default
+    within 3 seconds of silence: memory that it was given is safe to use for something else only after that, or once the
+    region is unregistered.
     """
 
     kind = "push"
