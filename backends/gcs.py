@@ -53,7 +53,7 @@ class GCSBackend(ObjectBackend):
     def __init__(self, **options: Any) -> None:
         self._options = with_options(GCSOptions(), options)
         self.concurrency = self._options.concurrency
-        self._clients: dict[tuple[str | None, str | None], Any] = {}
+        self._clients: dict[tuple[str | None, str | None, bool], Any] = {}
         self._buckets: dict[tuple[str, tuple[tuple[str, Any], ...]], BucketData] = {}
         self._session: ClientSession | None = None
 
@@ -98,18 +98,22 @@ class GCSBackend(ObjectBackend):
             crc32c()
         if self._session is None:
             self._session = new_session()
-        key = (options.service_file, options.api_root)
+        anonymous, _ = options.server
+        key = (options.service_file, options.api_root, anonymous)
         if key not in self._clients:
             try:
                 self._clients[key] = Storage(
                     service_file=options.service_file,
                     session=self._session,  # type: ignore[arg-type]
                     api_root=options.api_root,
+                    api_is_dev=anonymous,
                 )
             except Exception as error:
                 # A key file that is not there or not one; the library raises whatever it meets.
                 raise ConfigurationError(f"gcs: {address}: {type(error).__name__}: {error}") from error
-        self._buckets[at] = BucketData(address.bucket, options, self._clients[key], Retry(options.attempts))
+        client = self._clients[key]
+        token = None if anonymous else client.token
+        self._buckets[at] = BucketData(address.bucket, options, client, Retry(options.attempts, token=token))
 
     def _bucket(self, address: StoreAddress) -> BucketData:
         self.check_open()

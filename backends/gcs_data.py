@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from nixl_async.errors import (
@@ -46,13 +47,15 @@ class GCSOptions:
     """What `GCSBackend` and `agent.store("gs://…")` take.
 
     `service_file` is a service account's key file (default: GOOGLE_APPLICATION_CREDENTIALS, or the machine's own account);
-    `api_root` another server's address, such as an emulator's, which is asked without credentials. `checksum="crc32c"` (needs
-    awscrt) is sent with every put that we have all bytes of, and checked on gets of whole objects. Objects above `piece_nbytes` are
-    got and put by several requests. `timeout` is each request's, in seconds.
+    `api_root` another server's address, such as an emulator's, which is asked without credentials; with `authenticate` they go
+    there too, as a private endpoint of Google's needs. `checksum="crc32c"` (needs awscrt) is sent with every put that we have all
+    bytes of, and checked on gets of whole objects. Objects above `piece_nbytes` are got and put by several requests. `timeout` is
+    each request's, in seconds.
     """
 
     service_file: str | None = None
     api_root: str | None = None
+    authenticate: bool = False
     checksum: str | None = None
     concurrency: int = 16
     piece_nbytes: int = 8 << 20
@@ -61,12 +64,20 @@ class GCSOptions:
 
     def check(self) -> GCSOptions:
         """Refuse values that mean nothing; return itself."""
+        if not isinstance(self.authenticate, bool):
+            raise ConfigurationError(f"gcs option authenticate={self.authenticate!r}; it must be True or False")
         if self.checksum not in (None, "crc32c"):
             raise ConfigurationError(f"gcs option checksum={self.checksum!r}; it must be None or 'crc32c'")
         for name in ("concurrency", "piece_nbytes", "timeout", "attempts"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigurationError(f"gcs option {name}={getattr(self, name)!r}; it must be a positive integer")
         return self
+
+    @property
+    def server(self) -> tuple[bool, str]:
+        """Whether requests go without credentials, and the server's address."""
+        found: tuple[bool, str] = init_api_root(self.api_root, False if self.authenticate else None)
+        return found
 
 
 def with_options(options: GCSOptions, given: dict[str, Any]) -> GCSOptions:
@@ -86,12 +97,16 @@ def new_session() -> aiohttp.ClientSession:
 
 @dataclass(slots=True)
 class Retry:
-    """Calls up to `attempts` times with exponential back-off and full jitter; `counts` as of the other object stores."""
+    """Calls up to `attempts` times with exponential back-off and full jitter; `counts` as of the other object stores.
+
+    `token` is gcloud-aio-auth's: where the server refuses it (401), a call is made once more with the next one.
+    """
 
     attempts: int = 5
     base_seconds: float = 0.1
     cap_seconds: float = 5.0
     counts: dict[str, int] = field(default_factory=lambda: {"requests": 0, "retries": 0, "failed": 0})
+    token: Any = None
 
     async def __call__(self, call: Callable[[], Awaitable[Any]], what: str, *, damage: bool = True) -> tuple[Any, int]:
         """Return what `call` returns, and how often it was called; `damage`: bytes that arrived damaged are sent again.
@@ -99,8 +114,10 @@ class Retry:
         Raises:
             TransferError: the last attempt failed, or one that is not worth another.
         """
+        renewed = self.token is None
         for attempt in range(1, self.attempts + 1):
             self.counts["requests"] += 1
+            began = datetime.now(UTC)
             try:
                 return await call(), attempt
             except NixlError as error:
@@ -113,6 +130,11 @@ class Retry:
                     if attempt == self.attempts:
                         self.counts["failed"] += 1
                         raise BackendError(f"gcs: {what}: the answer is malformed", backend="gcs") from error
+                elif error.status == 401 and not renewed and attempt < self.attempts:
+                    renewed = True
+                    await self._renew(began, what)
+                    self.counts["retries"] += 1
+                    continue
                 elif (error.status not in RETRYABLE and not (_is_damage(error) and damage)) or attempt == self.attempts:
                     self.counts["failed"] += 1
                     raise _mapped(error, what, attempt) from error
@@ -127,6 +149,18 @@ class Retry:
             self.counts["retries"] += 1
             await asyncio.sleep(random.uniform(0, min(self.cap_seconds, self.base_seconds * 2 ** (attempt - 1))))
         raise AssertionError("attempts is less than one")
+
+    async def _renew(self, began: datetime, what: str) -> None:
+        """Get another token, unless that was done since `began`: of many that were refused at once, the first does it for all."""
+        try:
+            if self.token.acquiring is None and self.token.access_token_acquired_at < began:
+                self.token.access_token = None
+            await self.token.ensure_token()
+        except Exception as error:
+            self.counts["failed"] += 1
+            raise AccessError(
+                f"gcs: {what}: 401, and no other token: {type(error).__name__}: {error}", backend="gcs"
+            ) from error
 
 
 class DamagedError(IntegrityError):
@@ -169,7 +203,7 @@ class BucketData:
     @property
     def root(self) -> str:
         """The server's address."""
-        return init_api_root(self.options.api_root)[1]
+        return self.options.server[1]
 
     async def ask(self, what: str, call: Callable[..., Awaitable[Any]], *arguments: Any, **named: Any) -> Any:
         """Call a method of the client, with retries."""

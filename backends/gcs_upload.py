@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import aiohttp
-from gcloud.aio.storage.storage import init_api_root
 from yarl import URL
 
 from nixl_async.backend import Upload
@@ -168,6 +167,6 @@ class PieceUpload(Upload):
             return answer.status, int(end) + 1 if end.isdecimal() else 0
 
     async def _authorization(self) -> dict[str, str]:
-        if init_api_root(self._bucket.options.api_root)[0]:
+        if self._bucket.options.server[0]:
             return {}
         return {"Authorization": f"Bearer {await self._bucket.client.token.get()}"}

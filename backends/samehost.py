@@ -305,6 +305,25 @@ class SameHostBackend(Backend):
             return (self._forced,) if packed or self._forced == DIRECT else ()
         return (DIRECT, PACKED) if packed else (DIRECT,)
 
+    def process(self, peer: str) -> tuple[int, int] | None:
+        """Return the id of a peer's process and a descriptor of it, which the caller closes; `None` if copies are not direct.
+
+        Any thread may call it. Who copies directly with them keeps what `copy_now` keeps: it asks the descriptor before each copy
+        whether the process lives, and copies nothing after the peer was disconnected.
+        """
+        process = self._processes.get(peer)
+        if process is None or self._forced == PACKED:
+            return None
+        try:
+            pidfd = os.dup(process.pidfd)
+        except OSError:
+            return None
+        if self._processes.get(peer) is not process:
+            # It was closed meanwhile, and its number may be another's.
+            os.close(pidfd)
+            return None
+        return process.pid, pidfd
+
     async def _until_quiet(self, function: Any, number: int) -> None:
         """Call a function of the serving side; where it finds a copy going on, again on a thread, which waits for that."""
         if self._server != ffi.NULL and function(self._server, number, False) == -errno.EBUSY:

@@ -6,11 +6,14 @@ The emulator closes every connection, knows no conditions and tells no generatio
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from nixl_async import (
     AccessError,
@@ -363,3 +366,85 @@ async def test_a_read_by_several_requests_is_of_one_version(
 def test_the_checksum_is_googles() -> None:
     # The check value of CRC-32C is 0xE3069283.
     assert digest([memoryview(b"1234"), memoryview(b"56789")]) == "4waSgw=="
+
+
+# Credentials: a service account's key, for which a server of ours gives out tokens.
+
+
+@pytest.fixture(scope="module")
+def private_key() -> str:
+    # Made by the library that signs with it; not on the loop: it takes a while.
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    rsa = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.rsa")
+    pem: bytes = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return pem.decode()
+
+
+class Tokens:
+    """Gives out tokens; `status` is what it answers with."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self.status = 200
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        await request.read()
+        self.given += 1
+        return web.json_response({"access_token": f"token {self.given}", "expires_in": 3600}, status=self.status)
+
+
+@pytest.fixture
+async def tokens(private_key: str, tmp_path: Path, proxy: FaultProxy) -> AsyncIterator[tuple[Tokens, GCSBackend]]:
+    """The tokens, and a backend that needs them."""
+    tokens = Tokens()
+    runner = web.ServerRunner(web.Server(tokens))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0]
+    account = {
+        "type": "service_account",
+        "client_email": "test@example.com",
+        "private_key": private_key,
+        "private_key_id": "1",
+        "token_uri": f"http://{host}:{port}/token",
+    }
+    path = tmp_path / "account.json"
+    path.write_text(json.dumps(account))
+    yield tokens, GCSBackend(api_root=proxy.url, authenticate=True, service_file=str(path), **PIECES)
+    await runner.cleanup()
+
+
+async def test_a_refused_token_is_renewed_once_for_all(tokens: tuple[Tokens, GCSBackend], proxy: FaultProxy, url: str) -> None:
+    given, backend = tokens
+    async with Agent("gcs", backends=[backend, "memory"]) as agent:
+        source, target = pattern(8 * SMALL_NBYTES, 3), np.zeros(8 * SMALL_NBYTES, np.uint8)
+        region, other = await agent.register(source), await agent.register(target)
+        store = await agent.store(url)
+        keys = [f"{number}" for number in range(8)]
+        pages = np.arange(8)
+        await agent.transfer(region.pages(pages, SMALL_NBYTES), store.objects(keys, SMALL_NBYTES))
+        assert given.given == 1
+        proxy.inject(refusal(401), times=8, match=gets)
+        await agent.transfer(store.objects(keys, SMALL_NBYTES), other.pages(pages, SMALL_NBYTES))
+        assert_same(target, source)
+        assert given.given == 2
+        assert backend.counts["retries"] == 8
+        proxy.inject(refusal(401), match=pieces)
+        large = await agent.register(pattern(LARGE_NBYTES, 4))
+        await agent.transfer(large, store.objects(["large"], LARGE_NBYTES))
+        assert given.given == 3
+
+
+async def test_a_token_that_stays_refused_is_an_error(tokens: tuple[Tokens, GCSBackend], proxy: FaultProxy, url: str) -> None:
+    given, backend = tokens
+    async with Agent("gcs", backends=[backend, "memory"]) as agent:
+        region = await agent.register(pattern(SMALL_NBYTES, 3))
+        store = await agent.store(url)
+        proxy.inject(refusal(401), times=None)
+        with pytest.raises(AccessError, match="401"):
+            await agent.transfer(region, store.objects(["a"], SMALL_NBYTES))
+        # It was got for this very transfer, and another would be no better.
+        assert given.given == 1
