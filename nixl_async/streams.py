@@ -179,6 +179,23 @@ class Streams:
             )
         return self._of_cuda().reached(*handle)
 
+    def mark(self, point: object) -> object:
+        """Return what `reached` takes later in the place of `point`: of a stream, the point to which it has been filled so far.
+
+        None if that has been reached already. Events and awaitables are returned as they are; lists one by one.
+
+        Raises:
+            MissingDependency: `point` is a CUDA stream, and there is no CUDA driver.
+        """
+        if isinstance(point, list | tuple):
+            return [one for one in map(self.mark, point) if one is not None]
+        if isinstance(point, CPUStream):
+            return point.record()
+        if point is None or isinstance(point, CPUEvent) or inspect.isawaitable(point):
+            return point
+        handle = _cuda(point)
+        return point if handle is None or not handle[1] else self._of_cuda().reached(*handle)
+
     def hold(self, stream: object) -> Callable[[], None]:
         """Let what is put on `stream` from here on wait until the returned function is called, once, on the loop's thread.
 

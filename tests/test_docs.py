@@ -14,7 +14,7 @@ from bench.cli import COMMANDS
 from nixl_async import errors
 from tests.agents import ROOT
 
-DOCUMENTS = ["README.md", "bench/README.md", "backends/README.md"]
+DOCUMENTS = ["README.md", "bench/README.md", "backends/README.md", "examples/fastapi_disagg/README.md"]
 README = (ROOT / "README.md").read_text()
 
 

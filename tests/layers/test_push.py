@@ -108,6 +108,22 @@ async def test_a_layer_goes_only_after_the_stream_has_computed_it() -> None:
             assert seen == [True]
 
 
+async def test_what_a_stream_is_given_later_does_not_hold_a_layer_back() -> None:
+    async with request_between(2) as on:
+        gate = threading.Event()
+        with CPUStream() as compute, CPUStream() as other:
+            async with on.consumer.incoming("r") as incoming, on.producer.push(on.peer, on.plan()) as push:
+                push.ready(0, after=[compute, other])
+                compute.launch(gate.wait)
+                push.ready(1, after=compute)
+                try:
+                    assert await taken(incoming, 1) == [0]
+                    assert on.empty(1)
+                finally:
+                    gate.set()
+                assert await taken(incoming) == [0, 1]
+
+
 async def test_a_stream_goes_on_when_the_block_is_left() -> None:
     async with request_between(2) as on:
         with CPUStream() as use:
