@@ -19,7 +19,9 @@ import pytest
 
 from tests.agents import ROOT, TOKEN
 
-pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="the model needs torch, which is installed for one Python only")
+pytestmark = pytest.mark.skipif(
+    find_spec("torch") is None, reason="the model needs torch, which is installed for one Python only"
+)
 
 ENVIRONMENT = {**os.environ, "NIXL_ASYNC_TOKEN": TOKEN}
 MODULE = "examples.fastapi_disagg"
