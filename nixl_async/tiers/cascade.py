@@ -77,7 +77,7 @@ class Cascade:
             blocks = blocks.take(list(first.values()))
         if self.memory is not None:
             found = await self._put_memory(self.memory, unique, blocks, durable)
-        elif blocks.readable:
+        elif self._context.reaches(blocks):
             found = await self._put_lower(unique, blocks, durable)
         else:
             found = await self._put_staged(unique, blocks, durable)
@@ -145,7 +145,7 @@ class Cascade:
         return slots
 
     async def _put_staged(self, keys: list[bytes], blocks: Blocks, durable: bool) -> list[Outcome]:
-        """Put blocks that this process cannot read where they are: a peer's, or those in a GPU's memory."""
+        """Put blocks that tiers cannot take where they are: a peer's, or those in a GPU's memory."""
         assert self._staging is not None
         slots = await self._staging.take(len(keys))
         try:
@@ -298,7 +298,7 @@ class Cascade:
             return
         whole = len(which) == len(keys)
         mine, target = (list(keys), blocks) if whole else ([keys[one] for one in which], blocks.take(which))
-        if target.readable:
+        if self._context.reaches(target):
             good = self._settle(at, which, await self.lower[at].read(mine, target), found)
             if at and good and memory is None and self._promote:
                 chosen = target.take([which.index(one) for one in good] if len(good) < len(which) else range(len(which)))

@@ -46,6 +46,11 @@ class Context:
         self._lanes = FileEngine(f"nixl-tiers-{agent.name}", max(2, min(MOST_LANES, os.cpu_count() or 1)), "threads")
         self._device = ThreadPoolExecutor(1, thread_name_prefix=f"nixl-tiers-device-{agent.name}")
 
+    def reaches(self, blocks: Blocks) -> bool:
+        """Whether lower tiers take blocks where they are: what this process can read, and a GPU's where nothing is summed up."""
+        unsummed = self.kind == NONE and not self.verify
+        return blocks.readable or (unsummed and blocks.region.peer is None)
+
     async def on_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run blocking work on a thread; wait for its end even when cancelled, since it uses the caller's memory."""
         return await quiesce(asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments))

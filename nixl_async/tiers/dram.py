@@ -45,6 +45,10 @@ class MemoryTier:
         """The keys that are here."""
         return self._slot_of if self._ttl is None else _Young(self, self._ttl)
 
+    def keys(self) -> Iterable[bytes]:
+        """The keys that are here, those that outlived their time among them."""
+        return self._slot_of.keys()
+
     def __len__(self) -> int:
         return len(self._slot_of)
 

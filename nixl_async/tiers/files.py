@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,6 +74,10 @@ class FileTier(LowerTier):
         if self._options.ttl is None:
             return self._table.slot_of
         return self._table.young(self._options.ttl)
+
+    def keys(self) -> Iterable[bytes]:
+        """The keys that the directory had when it was last looked into."""
+        return self._table.slot_of.keys()
 
     def __len__(self) -> int:
         return len(self._table.slot_of)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,6 +51,10 @@ class ObjectTier(LowerTier):
     def known(self) -> Container[bytes]:
         """The keys that this process knows to be in the store."""
         return self._stored if self._options.ttl is None else _Young(self._stored, self._options.ttl)
+
+    def keys(self) -> Iterable[bytes]:
+        """The keys that this process has heard of."""
+        return self._stored.keys()
 
     def __len__(self) -> int:
         return len(self._stored)

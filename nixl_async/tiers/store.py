@@ -227,17 +227,48 @@ class Tiers:
                     return at
                 window = list(keys[at : at + LOOKED_UP_AT_ONCE])
                 check_keys(window)
-                known = self._known()
-                unknown = [key for key in window if not any(key in one for one in known)]
-                for tier in self._cascade.lower:
-                    try:
-                        here = await tier.find(unknown)
-                    except TransferError:
-                        tier.counters.errors += 1
-                        continue
-                    unknown = [key for key, is_here in zip(unknown, here, strict=True) if not is_here]
-                if keys[at] in unknown:
+                if keys[at] in await self._look_up(window):
                     return at
+
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Tell of each key whether a tier has it, as `prefix` finds out: what this process does not know of is looked up.
+
+        Raises:
+            DescriptorError: a key is not 1 to 255 bytes.
+        """
+        found: list[bool] = []
+        with _Call(self):
+            given = list(keys)
+            for at in range(0, len(given), CHECKED_AT_ONCE):
+                window = given[at : at + CHECKED_AT_ONCE]
+                check_keys(window)
+                missing = await self._look_up(window)
+                found += [key not in missing for key in window]
+        return found
+
+    def keys(self) -> set[bytes]:
+        """Return the keys of all blocks that this process knows of, those that outlived their time among them: no I/O.
+
+        It holds the loop for about 50 ns a block.
+        """
+        self._check_open()
+        first = [] if self._cascade.memory is None else [self._cascade.memory.keys()]
+        return set().union(*first, *(tier.keys() for tier in self._cascade.lower))
+
+    async def _look_up(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Return those of the keys that no tier has, after asking the tiers about what is not known."""
+        known = self._known()
+        unknown = [key for key in keys if not any(key in one for one in known)]
+        for tier in self._cascade.lower:
+            if not unknown:
+                break
+            try:
+                here = await tier.find(unknown)
+            except TransferError:
+                tier.counters.errors += 1
+                continue
+            unknown = [key for key, is_here in zip(unknown, here, strict=True) if not is_here]
+        return set(unknown)
 
     async def _known_prefix(self, keys: Sequence[bytes], at: int) -> int:
         while at < len(keys):

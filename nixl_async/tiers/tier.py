@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,10 @@ class LowerTier(ABC):
     @abstractmethod
     def known(self) -> Container[bytes]:
         """The keys that are here as far as this process knows; for `in`, which costs a fraction of a microsecond."""
+
+    @abstractmethod
+    def keys(self) -> Iterable[bytes]:
+        """Return the keys of all blocks, those that outlived their time among them; valid until the loop does other work."""
 
     @abstractmethod
     def __len__(self) -> int:

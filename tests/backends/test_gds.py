@@ -24,6 +24,7 @@ from nixl_async.descriptors import make_plan
 from nixl_async.memory import open_buffer
 from nixl_async.native import ffi
 from nixl_async.testing import assert_same, pattern
+from nixl_async.tiers import Files, Tiers
 from tests.agents import TOKEN
 
 
@@ -117,6 +118,27 @@ async def test_pages_go_to_their_places_in_files_and_back(tmp_path: Path) -> Non
         assert found.ops == 2
     assert HostFile.opened == 0
     assert (tmp_path / "f").read_bytes() == sent.reshape(64, -1)[order].tobytes()[:32_000]
+
+
+@pytest.mark.usefixtures("threads_end")
+@pytest.mark.parametrize("direct", [False, True])
+async def test_tiers_that_sum_nothing_up_move_blocks_of_a_device_by_it(tmp_path: Path, direct: bool) -> None:
+    sent, got = pattern(64 * 4096), np.zeros(64 * 4096, np.uint8)
+    keys = [bytes([at]) for at in range(64)]
+    gds = GDSBackend()
+    files = Files(tmp_path, 64 * 4096, segment_nbytes=16 * 4096, direct=direct)
+    async with (
+        Agent("a", backends=[gds, "posix"]) as agent,
+        Tiers(agent, [files], block_nbytes=4096, checksum=False, verify=False) as tiers,
+    ):
+        device = await agent.register(DeviceBytes(sent.ctypes.data, sent.nbytes))
+        back = await agent.register(DeviceBytes(got.ctypes.data, got.nbytes))
+        order = np.random.default_rng(1).permutation(64)
+        assert all(await tiers.put([keys[at] for at in order], device.pages(order, 4096)))
+        assert all(await tiers.get(keys, back.pages(range(64), 4096)))
+        found = gds.statistics()
+        assert (found.written_nbytes, found.read_nbytes) == (sent.nbytes, sent.nbytes)
+    assert_same(got, sent)
 
 
 @pytest.mark.usefixtures("threads_end")

@@ -48,6 +48,26 @@ async def test_put_contains_prefix_get_delete(bench: Bench, tmp_path: Path, kind
         assert (counted.puts, counted.hits, counted.misses) == (half, half, half + 2)
 
 
+@pytest.mark.parametrize("kind", ["files", "objects", "dram+files+objects"])
+async def test_what_another_process_stored_exists_and_what_is_known_can_be_listed(
+    bench: Bench, tmp_path: Path, kind: str
+) -> None:
+    async with (
+        Tiers(bench.agent, _tiers(kind, tmp_path), block_nbytes=BLOCK) as one,
+        Tiers(bench.agent, _tiers(kind, tmp_path), block_nbytes=BLOCK) as other,
+    ):
+        odd = list(range(1, N, 2))
+        assert all(await one.put([bench.keys[at] for at in odd], bench.src(odd)))
+        await one.flush()
+        assert one.keys() == {bench.keys[at] for at in odd}
+        assert other.keys() == set()
+        assert await other.exists(bench.keys) == [at % 2 == 1 for at in range(N)]
+        assert await other.exists([]) == []
+        assert other.keys() == one.keys()
+        with pytest.raises(DescriptorError, match="1 to 255"):
+            await one.exists([b""])
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dram"])
 async def test_durable_blocks_are_there_when_it_is_opened_again(bench: Bench, tmp_path: Path, kind: str) -> None:
     async with Tiers(bench.agent, _tiers(kind, tmp_path), block_nbytes=BLOCK) as tiers:
@@ -97,7 +117,7 @@ async def test_a_peers_memory(tmp_path: Path, kind: str) -> None:
         theirs, mine = pattern(N * BLOCK, 5), np.zeros(N * BLOCK, np.uint8)
         await b.register(theirs, name="theirs")
         await b.register(mine, name="mine")
-        peer = a.peer("b")
+        peer = a.peers["b"]
         await known(a, peer, "theirs")
         await known(a, peer, "mine")
         keys = hash_tokens(range(N), 1)
