@@ -10,7 +10,7 @@ mkdir -p "$UPSTREAM"
 environment() {
     ENV=$UPSTREAM/$1
     shift
-    [ "$(cat "$ENV/made-of" 2>/dev/null)" != "$*" ] || return 0
+    [ ! -e "$ENV/made-of" ] || [ "$(cat "$ENV/made-of")" != "$*" ] || return 0
     rm -rf "$ENV"
     "${PYTHON:-python3}" -m venv "$ENV"
     "$ENV/bin/python" -m pip install --quiet torch==2.13.0 numpy
