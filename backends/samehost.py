@@ -65,6 +65,16 @@ class _Process:
     """How often an op was begun while others went the other way: what such ops take says nothing of either way alone."""
     ended: bool = False
 
+    def gone(self) -> bool:
+        """Tell whether the process has ended; any thread may ask."""
+        try:
+            return bool(self.alive.poll(0))
+        except RuntimeError:
+            # Another thread asks at this moment, and one object serves one at a time.
+            fresh = select.poll()
+            fresh.register(self.pidfd, select.POLLIN)
+            return bool(fresh.poll(0))
+
 
 class SameHostBackend(Backend):
     """Moves bytes to and from the memory of a peer's process on this host; small copies at once, large ones on threads.
@@ -338,7 +348,7 @@ class SameHostBackend(Backend):
     def _process(self, op: Op) -> _Process:
         process = self._processes.get(op.peer or "")
         # Asked before each op: once the process has ended, its number may come to mean another one.
-        if process is None or process.alive.poll(0):
+        if process is None or process.gone():
             raise PeerLost(f"the process of peer {op.peer!r} has ended", backend=self.name, peer=op.peer)
         return process
 
@@ -362,7 +372,7 @@ class SameHostBackend(Backend):
             raise AccessError(f"peer {op.peer!r} refuses: {why}", backend=self.name, peer=op.peer)
         if -status == errno.ENOTCONN:
             raise PeerLost(f"peer {op.peer!r} serves us no longer", backend=self.name, peer=op.peer)
-        if -status == errno.ESRCH or process.alive.poll(0):
+        if -status == errno.ESRCH or process.gone():
             raise PeerLost(f"the process of peer {op.peer!r} has ended", backend=self.name, peer=op.peer)
         self._raise(status, "write to" if op.put else "read from", process.pid, op.peer)
 

@@ -326,6 +326,19 @@ async def test_small_copies_of_very_many_segments_do_not_hold_up_the_loop() -> N
         assert_same(memory.dst_bytes[::2], memory.src_bytes[: 32 << 10][::-1])
 
 
+async def test_many_threads_copy_at_once() -> None:
+    async with open_pair(SameHostBackend) as pair:
+        memory = await pair.memory("put", 64)
+        (op,) = pair.ops(memory.src, memory.dst)
+
+        def copy() -> None:
+            for _ in range(3000):
+                assert pair.ours.copy_now(op) is True
+
+        await asyncio.gather(*(asyncio.to_thread(copy) for _ in range(4)))
+        assert_same(memory.dst_bytes, memory.src_bytes)
+
+
 async def test_closing_unmaps_the_shared_memory() -> None:
     async with open_pair(lambda: SameHostBackend(way="packed")) as pair:
         memory = await pair.memory("put", 1 << 20)
