@@ -3,12 +3,14 @@
 Rooms: `errors` (every exception) · `descriptors` (what to move) · `memory` (regions) · `transfer` (its life) · `backend` (the
 contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wire`, `link`, `membership`, `peers`,
 `notifications`, `metadata` (who is there) · `handle`, `agent` (what callers hold) · `testing` (conformance suite) · `cli`, `demo` ·
-`geometry`, `planner` (who sends which slices of a KV cache to whom) · `layers` (pushes and pulls, layer by layer).
+`discovery` (agents by name) · `geometry`, `planner` (who sends which slices of a KV cache to whom) · `layers` (pushes and
+pulls, layer by layer).
 """
 
 from nixl_async.agent import Agent, Statistics
 from nixl_async.backend import Backend, Limits, Op, Stat, StorageBackend, Upload, load_backend
 from nixl_async.descriptors import BlockLayout, Descriptor, MemoryKind
+from nixl_async.discovery import Discovered
 from nixl_async.errors import (
     Aborted,
     AccessError,
@@ -36,11 +38,13 @@ from nixl_async.errors import (
 from nixl_async.geometry import KVGeometry, Sharding
 from nixl_async.handle import Part, PreparedTransfer, Transfer
 from nixl_async.layers import Incoming, LayerPlan, Offer, Pull, Push
+from nixl_async.liveness import Liveness
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Notification
 from nixl_async.peers import MembershipEvent, Peer
 from nixl_async.planner import Pair, Slices, plan_pairs
 from nixl_async.routing import Explanation
+from nixl_async.security import TLS, ConnectionLimits
 from nixl_async.storage import FileRegion, ObjectRegion
 from nixl_async.stores import Store
 from nixl_async.streams import CPUEvent, CPUStream
@@ -61,8 +65,10 @@ __all__ = [
     "ClosedError",
     "ConfigurationError",
     "ConflictError",
+    "ConnectionLimits",
     "Descriptor",
     "DescriptorError",
+    "Discovered",
     "Explanation",
     "FileRegion",
     "Incoming",
@@ -72,6 +78,7 @@ __all__ = [
     "KVGeometry",
     "LayerPlan",
     "Limits",
+    "Liveness",
     "MembershipEvent",
     "MemoryKind",
     "MemoryRegion",
@@ -102,6 +109,7 @@ __all__ = [
     "Statistics",
     "StorageBackend",
     "Store",
+    "TLS",
     "TrafficClass",
     "Transfer",
     "TransferError",

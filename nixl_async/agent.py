@@ -15,6 +15,7 @@ from typing import Any
 
 from nixl_async.backend import Backend, Host, StorageBackend, load_backend
 from nixl_async.descriptors import Descriptor, MemoryKind, Places, Plan, Region, make_plan
+from nixl_async.discovery import Discovered, Finder, open_finder
 from nixl_async.dispatch import Dispatcher, check_payload, read_class, urgency
 from nixl_async.errors import (
     ClosedError,
@@ -27,6 +28,7 @@ from nixl_async.errors import (
 )
 from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.layers import Exchanges, LayerCalls
+from nixl_async.liveness import Liveness
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion, open_buffer
 from nixl_async.notifications import Notification, Subscription
@@ -34,6 +36,7 @@ from nixl_async.peers import MembershipEvents, Peer
 from nixl_async.queues import read_shares
 from nixl_async.routing import Explanation, Router
 from nixl_async.scheduler import ClassCount
+from nixl_async.security import TLS, ConnectionLimits, Credentials, Token
 from nixl_async.stores import StorageCalls, Stores
 from nixl_async.transfer import TrafficClass, TransferResult
 from nixl_async.wire import MAX_NAME_NBYTES
@@ -76,7 +79,13 @@ class Agent(StorageCalls, LayerCalls):
 
     `name` identifies the agent to its peers and must be unique among them. `backends` are names or instances, the preferred
     first; by default every one that is available, cheapest route first. `token` is the secret that peers prove to each other
-    (default: the environment's NIXL_ASYNC_TOKEN); without one, `serve` and `connect` need `authenticate=False`.
+    (default: the environment's NIXL_ASYNC_TOKEN): one for all, which lets its owners claim any name that is not connected; or a
+    mapping from peers' names to secrets, or a callable that returns a peer's, so that each secret is good for one name. A
+    list of secrets stands for one that is being changed: the first is shown, every one is taken. `tls` encrypts control
+    connections and binds names to certificates. Without a token and mutual TLS, `serve` and `connect` need `authenticate=False`.
+    `liveness` says when a silent peer is suspect and when it is lost, `connection_limits` how many strangers are taken in at once.
+    `discovery` is the URL of a store where agents find each other by name, such as "etcd://host:2379" (see `nixl_async.discovery`):
+    `serve` publishes this agent there, and `await agent.peer("decode-3")` connects to others.
     `shares` are the weights by which traffic classes that have work share a backend (default: latency 16, normal 4, bulk 1).
 
     Use it as `async with Agent("decode-0") as agent:`. Leaving the block cancels what is in flight, waits until nothing
@@ -88,8 +97,12 @@ class Agent(StorageCalls, LayerCalls):
         name: str,
         *,
         backends: Sequence[str | Backend] | None = None,
-        token: str | bytes | None = None,
+        token: Token | None = None,
+        tls: TLS | None = None,
         authenticate: bool = True,
+        liveness: Liveness | None = None,
+        connection_limits: ConnectionLimits | None = None,
+        discovery: str | None = None,
         shares: Mapping[TrafficClass | str, float] | None = None,
     ) -> None:
         if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_NBYTES:
@@ -97,19 +110,28 @@ class Agent(StorageCalls, LayerCalls):
         self.name = name
         self.incarnation = secrets.token_hex(8)
         given = token if token is not None else os.environ.get(TOKEN_VARIABLE)
-        self._token = given.encode() if isinstance(given, str) else given
-        if self._token is not None and not self._token:
-            raise ConfigurationError("token is empty; give a secret, or authenticate=False to do without")
+        self._credentials = Credentials(given, tls)
         if not authenticate:
-            self._token = None
+            self._credentials = Credentials(None, tls)
         self._authenticate = authenticate
         self._wanted = backends
         self._shares = read_shares({read_class("a class of shares", one): share for one, share in (shares or {}).items()})
         self._backends: dict[str, Backend] = {}
         self._unavailable: dict[str, str] = {}
         self._membership = Membership(
-            name, self.incarnation, self._token, peer_gone=self._peer_gone, peer_quiet=self._peer_quiet
+            name,
+            self.incarnation,
+            self._credentials,
+            peer_gone=self._peer_gone,
+            peer_quiet=self._peer_quiet,
+            liveness=liveness,
+            limits=connection_limits,
         )
+        self._finder: Finder | None = None
+        if discovery is not None:
+            self._finder = open_finder(
+                discovery, self._membership, name, self.incarnation, authenticated=self._credentials.authenticates
+            )
         self._loop: asyncio.AbstractEventLoop
         self._router = Router(self._backends, self._unavailable, self._membership)
         self._dispatcher: Dispatcher
@@ -153,6 +175,12 @@ class Agent(StorageCalls, LayerCalls):
         self._dispatcher = Dispatcher(self.name, self._loop, self._backends, self._membership, self._shares)
         self._exchanges = Exchanges(self._loop, self._membership, self._dispatcher.streams, self)
         self._state = "open"
+        if self._finder is not None:
+            try:
+                await self._finder.open()
+            except BaseException:
+                await self.aclose()
+                raise
         return self
 
     def _host(self, backend: Backend) -> Host:
@@ -194,6 +222,9 @@ class Agent(StorageCalls, LayerCalls):
         if self._state != "open":
             return
         self._state = "closing"
+        if self._finder is not None:
+            # Before anything else goes: nobody should be sent here any more.
+            await self._finder.aclose()
         self._exchanges.close()
         await self._dispatcher.drain()
         await self._membership.aclose()
@@ -286,10 +317,12 @@ class Agent(StorageCalls, LayerCalls):
                 await self._backends[taken].unregister(region)
             raise
         self._membership.publish(region)
+        self._regions_changed()
         return region
 
     async def _unregister(self, region: MemoryRegion) -> None:
         await self._membership.withdraw(region)
+        self._regions_changed()
         if region.quarantined:
             return
         for name in region.keys:
@@ -307,13 +340,27 @@ class Agent(StorageCalls, LayerCalls):
         """The connected peers by name."""
         return dict(self._membership.peers)
 
-    def peer(self, name: str) -> Peer:
-        """Return the connected peer called `name`.
+    @property
+    def discovered(self) -> dict[str, Discovered]:
+        """The agents that the discovery store has, or had when it could be reached last, by name; connected or not."""
+        return {} if self._finder is None else self._finder.known
+
+    async def peer(self, name: str) -> Peer:
+        """Return the peer called `name`; with `discovery`, connect to it if it is not connected, waiting until it is there.
+
+        However many ask, one connection is made. A peer that is published and does not answer is dialled again, at first after
+        0.1 s, at most every 2 s. The wait is bounded by `asyncio.timeout`, whose `TimeoutError` has a cause that says what was
+        waited for. A connected peer needs no waiting: `agent.peers[name]` is it, too.
 
         Raises:
-            PeerLost: there is none; the message lists those there are.
+            PeerLost: there is no `discovery`, and none of that name is connected; the message lists those that are.
+            AuthenticationError: it has another token.
         """
-        return self._membership.get(name)
+        if self._finder is None:
+            return self._membership.get(name)
+        self._check_open()
+        self._check_token()
+        return await self._finder.peer(name)
 
     async def wait_peer(self, name: str) -> Peer:
         """Wait until a peer called `name` has joined, and return it."""
@@ -323,12 +370,19 @@ class Agent(StorageCalls, LayerCalls):
     async def serve(self, host: str = "127.0.0.1", port: int = 0, *, advertise: str | None = None) -> tuple[str, int]:
         """Let peers connect at `host`:`port` (0: any free port); return the address. `advertise` is the host told to peers.
 
+        With `discovery` the agent is published there, and withdrawn when it closes; where the store is away, as soon as it is back.
+
         Raises:
             ConfigurationError: there is no token and `authenticate` is not False, or the address cannot be used.
         """
         self._check_open()
         self._check_token()
-        return await self._membership.serve(host, port, advertise)
+        if self._finder is not None and advertise is None:
+            advertise = await self._finder.reachable(host)
+        address = await self._membership.serve(host, port, advertise)
+        if self._finder is not None:
+            await self._finder.publish(address)
+        return address
 
     async def connect(self, address: str | tuple[str, int]) -> Peer:
         """Connect to the agent served at "host:port" ("[::1]:port" for IPv6); return when this side knows the peer's regions.
@@ -372,15 +426,19 @@ class Agent(StorageCalls, LayerCalls):
         await self._membership.disconnect(peer if isinstance(peer, str) else peer.name)
 
     def membership(self) -> MembershipEvents:
-        """Listen to peers: an async iterator over what happens to them from this call on."""
+        """Listen to peers: an async iterator over what happens to them from this call on.
+
+        With `discovery` also over the agents that the store has: `discovered` when one is published or comes back as another
+        incarnation, `withdrawn` when it is gone from there. Those that were there before are in `discovered`.
+        """
         self._check_open()
         return self._membership.events()
 
     def _check_token(self) -> None:
-        if self._token is None and self._authenticate:
+        if not self._credentials.authenticates and self._authenticate:
             raise ConfigurationError(
-                "peers are authenticated by a shared token: pass token=… to Agent, set NIXL_ASYNC_TOKEN,"
-                " or pass authenticate=False to accept anyone who can reach the port"
+                "peers are authenticated by a token or by mutual TLS: pass token=… to Agent, set NIXL_ASYNC_TOKEN, pass"
+                " tls=TLS(certificate=…, key=…, ca=…), or pass authenticate=False to accept anyone who can reach the port"
             )
 
     # Notifications.
@@ -402,6 +460,10 @@ class Agent(StorageCalls, LayerCalls):
         """
         self._check_open()
         return self._membership.inbox.subscribe(peer, prefix)
+
+    def _regions_changed(self) -> None:
+        if self._finder is not None:
+            self._finder.regions_changed()
 
     def _stock_notification(self, sender: str, payload: bytes) -> None:
         self._membership.inbox.deliver(Notification(sender, payload))

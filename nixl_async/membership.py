@@ -9,14 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import logging
+import random
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
+from nixl_async.acceptor import SHUTDOWN_SECONDS, Acceptor
 from nixl_async.backend import Backend, PeerInfo
-from nixl_async.errors import ClosedError, ConfigurationError, NixlError, PeerLost, ProtocolError
+from nixl_async.errors import (
+    AuthenticationError,
+    ClosedError,
+    ConfigurationError,
+    NixlError,
+    PeerLost,
+    ProtocolError,
+)
 from nixl_async.link import Link
+from nixl_async.liveness import Liveness, Pulse
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Inbox, Notification
 from nixl_async.peers import (
@@ -29,6 +41,7 @@ from nixl_async.peers import (
     encode_announcement,
     read_regions,
 )
+from nixl_async.security import ConnectionLimits, Credentials
 from nixl_async.wire import FrameType, Greeting, decode_json, encode_frame, encode_json
 
 logger = logging.getLogger("nixl_async.membership")
@@ -37,6 +50,12 @@ LAST_WORDS_SECONDS = 0.1
 """How long a control connection may go on after its peer's process has ended: a child of that process may hold it open."""
 LEAVE_SECONDS = 5.0
 """How long a leaving agent waits for a peer to confirm that it is quiet."""
+MAX_PEER_REGIONS = 1 << 20
+PROBE_SECONDS = 1.0
+"""How long a connected peer has to show that it is alive when somebody else claims its name without proving it."""
+TURNED_AWAY_RETRIES = 5
+TURNED_AWAY_SECONDS = 0.02
+"""An agent under attack closes connections for want of room: then others are tried, after this time, twice that, and so on."""
 
 
 class Membership:
@@ -49,24 +68,30 @@ class Membership:
         self,
         name: str,
         incarnation: str,
-        token: bytes | None,
+        credentials: Credentials,
         *,
         peer_gone: Callable[[str, PeerLost], None],
         peer_quiet: Callable[[str], Awaitable[None]],
+        liveness: Liveness | None = None,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         self.peers: dict[str, Peer] = {}
         self.inbox = Inbox(self._consumed)
         self.backends: list[Backend] = []
         self.regions: dict[str, MemoryRegion] = {}
         self.address: tuple[str, int] | None = None
-        self._name, self._incarnation, self._token = name, incarnation, token
+        self._name, self._incarnation, self._credentials = name, incarnation, credentials
+        self._limits = limits or ConnectionLimits()
+        self._pulse = Pulse(liveness or Liveness())
         self._peer_gone, self._peer_quiet = peer_gone, peer_quiet
-        self._server: asyncio.Server | None = None
+        self._server: Acceptor | None = None
         self._links: set[Link] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listeners: list[asyncio.Queue[MembershipEvent | None]] = []
         self._joining: dict[str, asyncio.Lock] = {}
         self._arrivals: dict[str, list[asyncio.Future[Peer]]] = {}
+        # Who waits for a link in the place of one that was superseded, by the peer.
+        self._replacements: dict[str, list[asyncio.Future[None]]] = {}
         # Answers awaited from peers: (peer, id) of a WITHDRAW, (peer, -1) of a LEAVE.
         self._answers: dict[tuple[Link, int], asyncio.Future[None]] = {}
         self._next_id = 0
@@ -80,31 +105,68 @@ class Membership:
             raise ConfigurationError(f"this agent is served at {self.address}; an agent is served once")
         for backend in self.backends:
             await backend.listen(host)
-        loop = asyncio.get_running_loop()
-        try:
-            self._server = await loop.create_server(lambda: self._link(connecting=False), host, port)
-        except OSError as error:
-            raise ConfigurationError(f"cannot serve at {host}:{port}: {error}") from error
-        found = self._server.sockets[0].getsockname()
+        acceptor = Acceptor(
+            self._limits,
+            self._credentials.tls,
+            lambda deadline: self._link(self._credentials, connecting=False, deadline=deadline),
+            self._links.discard,
+            lambda: len(self._links),
+        )
+        found = await acceptor.open(host, port)
+        self._server = acceptor
         self.address = (advertise or found[0], found[1])
         return self.address
 
-    async def connect(self, host: str, port: int, token: bytes | None = None) -> Peer:
-        """Connect to a served agent and wait until both sides know each other's regions; `token` is that agent's, if not ours."""
+    async def connect(self, host: str, port: int, token: bytes | None = None, *, name: str | None = None) -> Peer:
+        """Connect to a served agent and wait until both sides know each other's regions.
+
+        `token` is that agent's, if not ours; `name` the one that it must have.
+        """
+        credentials = self._credentials if token is None else Credentials(token, self._credentials.tls)
+        for attempt in itertools.count():
+            try:
+                sock = await _dial(host, port)
+            except OSError as error:
+                if not isinstance(error, ConnectionResetError) or attempt == TURNED_AWAY_RETRIES:
+                    raise PeerLost(f"cannot connect to {host}:{port}: {error}", retryable=True) from error
+            else:
+                link = self._link(credentials, connecting=True, expected=name)
+                try:
+                    return await self._connect(link, sock, host)
+                except PeerLost:
+                    if not link.turned_away or attempt == TURNED_AWAY_RETRIES:
+                        raise
+            await asyncio.sleep(TURNED_AWAY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    async def _connect(self, link: Link, sock: socket.socket, host: str) -> Peer:
         loop = asyncio.get_running_loop()
-        try:
-            sock = await _dial(host, port)
-        except OSError as error:
-            raise PeerLost(f"cannot connect to {host}:{port}: {error}", retryable=True) from error
-        link = self._link(connecting=True, token=token)
+        options: dict[str, Any] = {}
         try:
             # What we tell the peer of our backends must be where it can reach them: the interface that led to it.
             for backend in self.backends:
                 await backend.listen(sock.getsockname()[0])
-            await loop.create_connection(lambda: link, sock=sock)
-        except BaseException:
+            if self._credentials.tls is not None:
+                context = self._credentials.tls.client_context()
+                options = {
+                    "ssl": context,
+                    "server_hostname": host if context.check_hostname else "",
+                    "ssl_handshake_timeout": self._limits.handshake_seconds,
+                    "ssl_shutdown_timeout": SHUTDOWN_SECONDS,
+                }
+            await loop.create_connection(lambda: link, sock=sock, **options)
+        except BaseException as error:
             self._links.discard(link)
             sock.close()
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise AuthenticationError(
+                    f"the certificate of whoever answers at {host} is not believed: {error.verify_message}"
+                ) from error
+            if isinstance(error, ssl.SSLError):
+                raise ProtocolError(f"TLS fails with whoever answers at {host}: {error}") from error
+            if isinstance(error, OSError) and not isinstance(error, NixlError):
+                link.turned_away = isinstance(error, ConnectionError) and not isinstance(error, TimeoutError)
+                raise PeerLost(f"the connection to {host} ended before it was set up: {error}", retryable=True) from error
             raise
         try:
             peer: Peer = await asyncio.shield(link.joined)
@@ -123,7 +185,7 @@ class Membership:
             self._add_regions(known, announcement)
             return known
         if announcement.control is not None:
-            peer = await self.connect(*announcement.control, token)
+            peer = await self.connect(*announcement.control, token, name=announcement.name)
             if (peer.name, peer.incarnation) != (announcement.name, announcement.incarnation):
                 raise PeerLost(
                     f"{announcement.control[0]}:{announcement.control[1]} is agent {peer.name!r} ({peer.incarnation}) and not the"
@@ -168,6 +230,10 @@ class Membership:
         """Listen to what happens to peers from here on."""
         return MembershipEvents(self._listeners)
 
+    def tell(self, kind: str, name: str) -> None:
+        """Tell whoever listens what a discovery store says of an agent."""
+        self._emit(kind, name)
+
     # Changing.
 
     def publish(self, region: MemoryRegion) -> None:
@@ -190,9 +256,16 @@ class Membership:
             self.inbox.deliver(Notification(name, payload))
             return
         peer = self.get(name)
-        if peer.link is not None:
-            await peer.link.notify(payload)
-            return
+        while (link := peer.link) is not None:
+            if not link.superseded:
+                try:
+                    await link.notify(payload)
+                    return
+                except PeerLost:
+                    if not link.superseded:
+                        raise
+            # It was not sent: it goes by the link that takes this one's place.
+            await self._replaced(peer, link)
         for backend in self.backends:
             if backend.name in peer.backends:
                 await backend.send_notification(name, payload)
@@ -264,7 +337,9 @@ class Membership:
     # LinkOwner
 
     def link_authenticated(self, link: Link) -> None:
-        """Take note that a link's other side knows the token; see `LinkOwner`."""
+        """Take note that a link's other side has proved who it is; see `LinkOwner`."""
+        if self._server is not None:
+            self._server.settled(link)
         name = link.other.name
         if name == self._name:
             raise ConfigurationError(f"both agents are called {name!r}; names must be unique")
@@ -272,12 +347,18 @@ class Membership:
         if link.connecting and known is not None and known.link is not None and known.incarnation == link.other.incarnation:
             self._yield_to(link, known)
             return
-        link.send(encode_frame(FrameType.METADATA, self.metadata()))
-        link.told = True
+        if known is not None and known.incarnation != link.other.incarnation and not link.names_proved:
+            link.hold()
+            self._spawn(self._replace(known, link))
+            return
+        self._tell(link)
 
     def link_frame(self, link: Link, kind: FrameType, payload: bytes) -> None:
         """Act on a frame of an authenticated link; see `LinkOwner`."""
         if kind is FrameType.METADATA:
+            if link.leaving:
+                # We have chosen the other of two connections, and this crossed with our saying so.
+                return
             announcement = decode_announcement(payload)
             if (announcement.name, announcement.incarnation) != (link.other.name, link.other.incarnation):
                 raise ProtocolError(f"{link.other.name!r} sent the metadata of {announcement.name!r}")
@@ -286,6 +367,7 @@ class Membership:
             return
         if kind is FrameType.SUPERSEDED:
             link.superseded = link.leaving = True
+            link.close()
             return
         peer = self.peers.get(link.other.name)
         if peer is None:
@@ -295,6 +377,8 @@ class Membership:
                 self.inbox.deliver(Notification(peer.name, payload))
             case FrameType.REGIONS:
                 value = decode_json(payload, added=list)
+                if len(peer.regions) + len(value["added"]) > MAX_PEER_REGIONS:
+                    raise ProtocolError(f"{peer.name!r} has more than {MAX_PEER_REGIONS} regions")
                 for region in read_regions(peer.name, peer.incarnation, value["added"]):
                     peer.regions[region.name] = region
                 self._emit("regions", peer.name)
@@ -313,6 +397,8 @@ class Membership:
     def link_closed(self, link: Link, error: Exception | None) -> None:
         """Take note of a link's end; see `LinkOwner`."""
         self._links.discard(link)
+        if self._server is not None:
+            self._server.settled(link, error)
         for key in [key for key in self._answers if key[0] is link]:
             self._answer(*key)
         peer = self.peers.get(link.other.name) if link.authenticated else None
@@ -325,10 +411,35 @@ class Membership:
         lost.peer = peer.name
         self._spawn(self._drop(peer, lost, "lost"))
 
+    def link_suspect(self, link: Link, reason: str) -> None:
+        """Take note that a peer says nothing; see `LinkOwner`."""
+        self._emit_of(link, "suspect", reason)
+
+    def link_recovered(self, link: Link) -> None:
+        """Take note that it does again; see `LinkOwner`."""
+        self._emit_of(link, "recovered", "")
+
     # Inside.
 
-    def _link(self, *, connecting: bool, token: bytes | None = None) -> Link:
-        link = Link(self, Greeting.create(self._name, self._incarnation), token or self._token, connecting=connecting)
+    def _emit_of(self, link: Link, kind: str, reason: str) -> None:
+        peer = self.peers.get(link.other.name)
+        if peer is not None and peer.link is link:
+            self._emit(kind, peer.name, reason)
+
+    def _link(
+        self, credentials: Credentials, *, connecting: bool, deadline: float | None = None, expected: str | None = None
+    ) -> Link:
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + self._limits.handshake_seconds
+        link = Link(
+            self,
+            Greeting.create(self._name, self._incarnation),
+            credentials,
+            connecting=connecting,
+            pulse=self._pulse,
+            deadline=deadline,
+            expected=expected,
+        )
         self._links.add(link)
         return link
 
@@ -355,17 +466,56 @@ class Membership:
         if not link.joined.done():
             link.joined.set_result(known)
         self._supersede(link)
+        try:
+            link.unhold()
+        except NixlError as error:
+            link.fail(error)
 
     def _supersede(self, link: Link) -> None:
         link.leaving = True
         link.send(encode_frame(FrameType.SUPERSEDED))
-        link.close()
+        # The other side closes it when it has read that: what it has sent before is still to be read here.
+        asyncio.get_running_loop().call_later(LEAVE_SECONDS, link.close)
+
+    async def _replaced(self, peer: Peer, link: Link) -> None:
+        """Wait until another link has taken the place of one that was superseded."""
+        while peer.link is link:
+            if peer.gone:
+                raise PeerLost(peer.gone, peer=peer.name)
+            future = asyncio.get_running_loop().create_future()
+            self._replacements.setdefault(peer.name, []).append(future)
+            await future
+
+    def _tell_replaced(self, peer: Peer) -> None:
+        for future in self._replacements.pop(peer.name, []):
+            if not future.done():
+                future.set_result(None)
 
     def _unless_replaced(self, peer: Peer, link: Link) -> None:
         if peer.link is link:
             self._spawn(
                 self._drop(peer, PeerLost(f"the connection to {peer.name!r} was not replaced", peer=peer.name), "lost")
             )
+
+    def _tell(self, link: Link) -> None:
+        link.send(encode_frame(FrameType.METADATA, self.metadata()))
+        link.told = True
+
+    async def _replace(self, known: Peer, link: Link) -> None:
+        if await self._give_way(known, link) and not link.closed and not self._closing:
+            self._tell(link)
+            link.unhold()
+
+    async def _give_way(self, known: Peer, link: Link) -> bool:
+        """Forget a peer for another incarnation of it; return whether that is right."""
+        # Whoever knows a shared token can claim any name: not that of one who is there.
+        if not link.names_proved and known.link is not None and await known.link.answers(PROBE_SECONDS):
+            link.fail(AuthenticationError(f"the name {known.name!r} belongs to an agent that is connected and alive"))
+            return False
+        await self._drop(known, PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name), "lost")
+        if known.link is not None:
+            known.link.abort()
+        return True
 
     async def _join(self, link: Link, announcement: Announcement) -> None:
         # One at a time for each name: two connections of one peer must not both find it absent.
@@ -384,13 +534,13 @@ class Membership:
                 self._yield_to(link, known)
                 return
             known.link = link
+            self._tell_replaced(known)
             self._supersede(old)
             link.joined.set_result(known) if not link.joined.done() else None
             link.unhold()
             return
-        if known is not None:
-            error = PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name)
-            await self._drop(known, error, "lost")
+        if known is not None and not await self._give_way(known, link):
+            return
         peer = Peer(announcement.name, announcement.incarnation, link=link)
         try:
             await self._connect_backends(peer, announcement, link.host)
@@ -507,6 +657,7 @@ class Membership:
             return
         del self.peers[peer.name]
         peer.gone = str(error)
+        self._tell_replaced(peer)
         for region in peer.regions.values():
             region.withdrawn, region.peer_gone = peer.gone, True
         self._peer_gone(peer.name, error)

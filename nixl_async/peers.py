@@ -26,7 +26,12 @@ _KIND_NUMBERS = {MemoryKind.DRAM: 0, MemoryKind.VRAM: 1}
 
 @dataclass(frozen=True, slots=True)
 class MembershipEvent:
-    """Something that happened to a peer: `kind` is joined, regions, lost or left; `reason` says why for the last two."""
+    """Something that happened to a peer: `kind` is joined, regions, suspect, recovered, lost or left.
+
+    `reason` says why it is suspect, lost or left. A suspect peer is used as before; it recovers, or is lost (see `Liveness`).
+
+    Of an agent in the discovery store, connected or not, `kind` is discovered or withdrawn.
+    """
 
     kind: str
     peer: str
@@ -79,6 +84,11 @@ class Peer:
         """Whether the peer can be used."""
         return not self.gone
 
+    @property
+    def suspect(self) -> bool:
+        """Whether nothing has been heard of it for some time: it may be stopped, stuck, or out of reach."""
+        return not self.gone and self.link is not None and self.link.vigil.suspect
+
     def region(self, name: str) -> RemoteRegion:
         """Return the region that the peer registered as `name`.
 
@@ -103,7 +113,7 @@ class Peer:
         raise DescriptorError(f"no region of peer {self.name!r} holds the {nbytes} bytes at {address:#x}")
 
     def __repr__(self) -> str:
-        return f"<Peer {self.name!r} {self.gone or 'connected'}: {len(self.regions)} regions>"
+        return f"<Peer {self.name!r} {self.gone or ('suspect' if self.suspect else 'connected')}: {len(self.regions)} regions>"
 
 
 def describe_regions(regions: Iterable[MemoryRegion]) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 A frame is a u32 little-endian payload length, one type byte, and the payload. The two sides greet each other with HELLO
 (name, incarnation, a random nonce), prove that they know the token (HMAC-SHA256 over both greetings, compared in constant
-time; RFC 2104), and exchange metadata only after that. Data never travels here; see the backends.
+time; RFC 2104), and exchange metadata only after that. The side that connects proves first. A proof holds for one direction of
+one connection: both nonces, both names and who connected are in it. Data never travels here; see the backends.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ import hmac
 import json
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from nixl_async.errors import AuthenticationError, ProtocolError
+from nixl_async.notifications import MAX_NOTIFICATION_NBYTES
 
-PROTOCOL = "nixl-async/1"
+PROTOCOL = "nixl-async/2"
 MAX_GREETING_NBYTES = 4096
 MAX_FRAME_NBYTES = 256 << 20
+MAX_SMALL_NBYTES = 64 << 10
 MAX_NAME_NBYTES = 255
+MAX_INCARNATION_NBYTES = 64
+Secrets: TypeAlias = Callable[[str], Sequence[bytes]]
+"""Returns the secrets shared with the agent of a name: the one to be shown first; every one is taken. None are refused."""
 _HEADER = struct.Struct("<IB")
 
 
@@ -53,6 +59,24 @@ class FrameType(enum.IntEnum):
     """Text: why the sender closes the connection."""
     SUPERSEDED = 12
     """The two agents dialled each other at once; the sender goes on with the other connection and closes this one."""
+    PING = 13
+    """Up to eight bytes; answered by a PONG with the same."""
+    PONG = 14
+    """The sender's program is alive."""
+
+
+_MAX_NBYTES = {
+    FrameType.HELLO: MAX_GREETING_NBYTES,
+    FrameType.PROOF: hashlib.sha256().digest_size,
+    FrameType.METADATA: MAX_FRAME_NBYTES,
+    FrameType.REGIONS: MAX_FRAME_NBYTES,
+    FrameType.NOTIFY: MAX_NOTIFICATION_NBYTES,
+    FrameType.CREDIT: 8,
+    FrameType.REFUSED: MAX_GREETING_NBYTES,
+    FrameType.PING: 8,
+    FrameType.PONG: 8,
+}
+"""The largest payload of each kind of frame; of the others, MAX_SMALL_NBYTES."""
 
 
 def encode_frame(kind: FrameType, payload: bytes = b"") -> bytes:
@@ -79,12 +103,17 @@ def decode_json(payload: bytes, **fields: type) -> dict[str, Any]:
         raise ProtocolError(f"a frame holds a {type(value).__name__} where an object was expected")
     for name, kind in fields.items():
         if not isinstance(value.get(name), kind) or (kind is int and isinstance(value[name], bool)):
-            raise ProtocolError(f"a frame's field {name!r} is {value.get(name)!r}; it must be of type {kind.__name__}")
+            raise ProtocolError(
+                f"a frame's field {name!r} is {repr(value.get(name))[:80]}; it must be of type {kind.__name__}"
+            )
     return value
 
 
 class FrameReader:
-    """Cuts a byte stream into frames. `limit` is the largest payload accepted, in bytes; raise it after authentication."""
+    """Cuts a byte stream into frames.
+
+    `limit` is the largest payload accepted of any kind, in bytes: raise it after authentication; each kind has its own besides.
+    """
 
     def __init__(self, limit: int = MAX_GREETING_NBYTES) -> None:
         self.limit = limit
@@ -99,12 +128,13 @@ class FrameReader:
         self._buffer += data
         while len(self._buffer) >= _HEADER.size:
             nbytes, number = _HEADER.unpack_from(self._buffer)
-            if nbytes > self.limit:
-                raise ProtocolError(f"a frame announces {nbytes} bytes; at most {self.limit} are accepted here")
             try:
                 kind = FrameType(number)
             except ValueError:
                 raise ProtocolError(f"a frame has the unknown type {number}") from None
+            limit = min(self.limit, _MAX_NBYTES.get(kind, MAX_SMALL_NBYTES))
+            if nbytes > limit:
+                raise ProtocolError(f"a {kind.name} frame announces {nbytes} bytes; at most {limit} are accepted here")
             end = _HEADER.size + nbytes
             if len(self._buffer) < end:
                 return
@@ -144,8 +174,12 @@ class Greeting:
         if value["protocol"] != PROTOCOL:
             raise ProtocolError(f"the other side speaks {value['protocol']!r}; this library speaks {PROTOCOL!r}")
         name, incarnation = value["name"], value["incarnation"]
-        if not 0 < len(name.encode()) <= MAX_NAME_NBYTES or not 0 < len(incarnation) <= 64:
-            raise ProtocolError("a greeting has an empty or oversized name or incarnation")
+        try:
+            sizes = len(name.encode()), len(incarnation.encode())
+        except UnicodeEncodeError:
+            raise ProtocolError("a greeting's name or incarnation is not text") from None
+        if not 0 < sizes[0] <= MAX_NAME_NBYTES or not 0 < sizes[1] <= MAX_INCARNATION_NBYTES or "\0" in name + incarnation:
+            raise ProtocolError("a greeting's name or incarnation is empty or oversized, or holds a NUL")
         try:
             nonce = bytes.fromhex(value["nonce"])
         except ValueError:
@@ -158,14 +192,19 @@ class Greeting:
 class Handshake:
     """Both sides' greetings and proofs; `connecting` says which side this is.
 
-    Call `greet`, then `greeted` with the other's HELLO payload, send `proof`, and `verify` the other's.
+    Call `greeted` with the other's HELLO payload, send `proof`, and `verify` the other's; the connecting side proves first.
+    `token` is a secret that all share, what returns the secrets for a name, or None where nobody is authenticated.
     """
 
-    def __init__(self, own: Greeting, token: bytes | None, *, connecting: bool) -> None:
+    def __init__(self, own: Greeting, token: bytes | Secrets | None, *, connecting: bool) -> None:
         self.own = own
         self.other: Greeting | None = None
         self._token = token
         self._connecting = connecting
+        self._keys: list[bytes] = []
+
+    def __repr__(self) -> str:
+        return f"<Handshake of {self.own.name!r} with {self.other.name if self.other else None!r}>"
 
     def greeted(self, payload: bytes) -> Greeting:
         """Take the other side's greeting.
@@ -177,27 +216,45 @@ class Handshake:
         if hmac.compare_digest(other.nonce, self.own.nonce):
             raise ProtocolError("the other side sent our own greeting back")
         self.other = other
+        if self._token is None:
+            self._keys = [b"unauthenticated"]
+        else:
+            secret = (self._token,) if isinstance(self._token, bytes) else self._token(other.name)
+            self._keys = [b"token:" + one for one in secret]
         return other
 
     def proof(self) -> bytes:
-        """Return this side's proof of the token."""
-        return self._digest(self._connecting)
+        """Return this side's proof of the token.
+
+        Raises:
+            AuthenticationError: there is no token for the other side's name.
+        """
+        assert self.other is not None
+        if not self._keys:
+            raise AuthenticationError(f"there is no token for {self.other.name!r} here")
+        return self._digest(self._keys[0], self._connecting)
 
     def verify(self, proof: bytes) -> None:
         """Check the other side's proof.
 
         Raises:
-            AuthenticationError: the other side does not know the token.
+            AuthenticationError: the other side does not know the token. Nothing tells it whether there is one for its name.
         """
-        if not hmac.compare_digest(proof, self._digest(not self._connecting)):
-            assert self.other is not None
+        assert self.other is not None
+        known = [
+            key
+            for key in self._keys or [secrets.token_bytes(32)]
+            if hmac.compare_digest(proof, self._digest(key, not self._connecting))
+        ]
+        if not known or not self._keys:
             raise AuthenticationError(f"{self.other.name!r} did not prove that it knows the token; give both agents the same")
+        # What the other side showed is what it takes: one of two tokens while they are being changed.
+        self._keys = known
 
-    def _digest(self, by_connector: bool) -> bytes:
+    def _digest(self, key: bytes, by_connector: bool) -> bytes:
         assert self.other is not None
         first, second = (self.own, self.other) if self._connecting else (self.other, self.own)
         message = json.dumps(
-            [by_connector, *((g.name, g.incarnation, g.nonce.hex()) for g in (first, second))], separators=(",", ":")
+            [PROTOCOL, by_connector, *((g.name, g.incarnation, g.nonce.hex()) for g in (first, second))], separators=(",", ":")
         )
-        key = b"unauthenticated" if self._token is None else b"token:" + self._token
         return hmac.new(key, message.encode(), hashlib.sha256).digest()

@@ -117,7 +117,9 @@ def main() -> None:
 async def _serve(setup: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
     memory = pattern(setup["nbytes"], setup["seed"])
-    async with Agent(setup["name"], token=setup["token"], backends=setup.get("backends")) as agent:
+    async with Agent(
+        setup["name"], token=setup["token"], backends=setup.get("backends"), discovery=setup.get("discovery")
+    ) as agent:
         region = await agent.register(memory, name="memory")
         address = await agent.serve("127.0.0.1", setup["port"])
         _say(address=address, metadata=agent.metadata().hex())
@@ -147,12 +149,12 @@ async def _obey(agent: Agent, region: MemoryRegion, memory: Any, order: dict[str
             note = await anext(agent.notifications(prefix=order.get("prefix", "").encode()))
             return {"from": note.peer, "payload": note.payload.hex()}
         case "transfer":
-            theirs = agent.peer(order["peer"]).region(order["region"])
+            theirs = agent.peers[order["peer"]].region(order["region"])
             sides = (region, theirs) if order["put"] else (theirs, region)
             result = await agent.transfer(*sides, notify=order.get("notify", "").encode() or None)
             return {"nbytes": result.nbytes, "route": result.route}
         case "push":
-            n, theirs = order["nbytes"], agent.peer(order["peer"]).region(order["region"])
+            n, theirs = order["nbytes"], agent.peers[order["peer"]].region(order["region"])
             cuts = [slice(at, at + n) for at in range(0, order["count"] * n, n)]
             push = agent.push(order["peer"], LayerPlan(order["request"], [(region[cut], theirs[cut]) for cut in cuts]))
             await push.__aenter__()

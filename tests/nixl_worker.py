@@ -59,6 +59,13 @@ def main():
                 say(done=True)
             elif order["do"] == "bytes":
                 say(bytes=memory[order["start"] : order["stop"]].tobytes().hex())
+            elif order["do"] in ("call", "until"):
+                method, end = getattr(agent, order["method"]), time.monotonic() + PATIENCE_SECONDS
+                result = method(*order["arguments"])
+                while order["do"] == "until" and result != order["expected"] and time.monotonic() < end:
+                    time.sleep(0.002)
+                    result = method(*order["arguments"])
+                say(result=result)
             elif order["do"] == "notify":
                 agent.send_notif(order["peer"], bytes.fromhex(order["payload"]))
                 say(done=True)

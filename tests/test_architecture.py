@@ -34,9 +34,11 @@ TESTED_ELSEWHERE = {
     "nixl_async/relay.py": "tests/test_staging.py",
     "nixl_async/cuda_lane.py": "tests/gpu/test_cuda_gpu.py",
     "nixl_async/compat/": "tests/compat/test_behaviours.py",
+    "nixl_async/integrations/dynamo_connect/": "tests/integrations/test_dynamo_connect.py",
     "nixl_async/integrations/": "tests/upstream/run.sh",
     "nixl_async/tiers/__init__.py": "tests/tiers/test_store.py",
     "nixl_async/layers/__init__.py": "tests/layers/test_push.py",
+    "nixl_async/discovery/__init__.py": "tests/discovery/test_finder.py",
     "nixl_async/layers/calls.py": "tests/layers/test_push.py",
     "nixl_async/layers/mover.py": "tests/layers/test_push.py",
     "nixl_async/layers/stream.py": "tests/layers/test_push.py",
@@ -50,7 +52,7 @@ def _test_of(source: Path) -> str:
         if text.startswith(start):
             return test
     room = "tests/backends" if text.startswith("backends/") else "tests"
-    for name in ("http", "layers", "tiers"):
+    for name in ("discovery", "http", "layers", "tiers"):
         room = f"tests/{name}" if text.startswith(f"nixl_async/{name}/") else room
     return f"{room}/test_{source.stem}.py"
 

@@ -138,7 +138,7 @@ async def test_names_that_nobody_has() -> None:
     async with two_agents() as (a, _, peer):
         here = await a.register(pattern(64, 1))
         with pytest.raises(PeerLost, match="stranger"):
-            a.peer("stranger")
+            await a.peer("stranger")
         with pytest.raises(PeerLost, match="stranger"):
             await a.notify("stranger", b"")
         with pytest.raises(NotFoundError, match="nowhere"):

@@ -76,7 +76,7 @@ ROWS = {
     "idle": 1,
     "busy-peer": 3,
     "many": 2,
-    "compat": 4,
+    "compat": 16,
     "descriptors": 4,
     "planner": 8,
     "qos": 8,

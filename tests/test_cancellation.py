@@ -122,7 +122,7 @@ async def test_whatever_is_cancelled_leaves_the_agent_usable(what: str) -> None:
                 acts = {
                     "connect": lambda a=a: a.connect((host, port)),
                     "register": lambda a=a: a.register(np.zeros(100, np.uint8), name="more"),
-                    "prepare": lambda a=a, here=here: a.prepare(here, a.peer("b").region("theirs")),
+                    "prepare": lambda a=a, here=here: a.prepare(here, a.peers["b"].region("theirs")),
                     "notify": lambda a=a: a.notify("b", b"x"),
                     "deregister": lambda here=here: here.aclose(),
                 }

@@ -41,7 +41,7 @@ async def test_connecting_twice_gives_the_same_peer() -> None:
         assert b.address is not None
         assert await a.connect(b.address) is peer
         assert await a.connect(f"{b.address[0]}:{b.address[1]}") is peer
-        assert a.peer("b") is peer
+        assert await a.peer("b") is peer
 
 
 async def test_names_and_addresses_of_both_families() -> None:
@@ -97,7 +97,7 @@ async def test_waiting_for_a_peer() -> None:
         waits[0].cancel()
         async with Agent("b", token=TOKEN) as b:
             await b.connect(await a.serve())
-            assert (await waits[1]) is (await waits[2]) is a.peer("b")
+            assert (await waits[1]) is (await waits[2]) is a.peers["b"]
     with pytest.raises(ClosedError):
         await a.wait_peer("c")
 
@@ -116,7 +116,7 @@ async def test_events_tell_the_whole_story() -> None:
         async with Agent("b", token=TOKEN) as b:
             await connect(a, b)
             async with await b.register(np.zeros(8, np.uint8), name="kv"):
-                await known(a, a.peer("b"), "kv")
+                await known(a, a.peers["b"], "kv")
         told = [await anext(events) for _ in range(4)]
         assert [(event.kind, event.peer) for event in told] == [
             ("joined", "b"),

@@ -13,14 +13,31 @@ N_PAGES = 64
 BUFFER = 1 << 20
 SMALL = 4096
 IDLE_PERCENT = 1.0
+COUNTS = (1, 64, 1024)
+"""Pages of the lists that are prepared and of the transfers that are made."""
+CALL_NBYTES = 1024
+SAMPLES = 200
 MOVES = 20
 """How many moves are one sample: a single one is too short to be timed beside what the machine does."""
 _US = 1e6
 
 
 def compat(settings: Settings) -> Iterator[Row]:
-    """Move 64 pages, from their indices to the state DONE; post 4 KiB again; do nothing."""
+    """Prepare lists and make transfers; move 64 pages, from their indices to the state DONE; post 4 KiB again; do nothing."""
     contenders = [Contender(OURS, "bench.workers.compat"), *nixl(settings)[:1]]
+    with pairs(contenders, BUFFER, settings) as started:
+        for n_pages in COUNTS:
+
+            def calls(pair: Pair, n_pages: int = n_pages) -> dict[str, float]:
+                _ready(pair, CALL_NBYTES, n_pages, 1)
+                move_checked(pair, pair.target, 1, 2)
+                found: dict[str, float] = pair.initiator.call("calls", count=20 if settings.quick else SAMPLES)
+                return found
+
+            taken = alternate(started, settings, f"compat, calls for {n_pages}", calls)
+            for work in next(iter(taken.values()))[0]:
+                samples = {label: [one[work] * _US for one in found] for label, found in taken.items()}
+                yield _row({"work": work, "pages": n_pages}, "us", samples, NIXL)
     for page_nbytes in settings.pages:
         with pairs(contenders, N_PAGES * page_nbytes, settings) as started:
 
@@ -49,9 +66,8 @@ def compat(settings: Settings) -> Iterator[Row]:
             after = pair.target.call("usage")
             return float((after["cpu"] - before["cpu"]) / (after["at"] - before["at"]) * 100)
 
-        yield _row(
-            {"work": "one page of 4 KiB, posted again"}, "us", alternate(started, settings, "compat, small", post), None
-        )
+        small = alternate(started, settings, "compat, small", post)
+        yield _row({"work": "one page of 4 KiB, posted again"}, "us", small, NIXL)
         row = _row({"work": "CPU of an idle agent"}, "% of a core", alternate(started, settings, "compat, idle", idle), None)
         row.at_most(IDLE_PERCENT, text="below 1 % of a core")
         yield row

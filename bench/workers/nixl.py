@@ -6,6 +6,7 @@ import asyncio
 import base64
 import importlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,24 @@ class Nixl(Mover):
             self.agent.release_xfer_handle(handle)
         return {"seconds": seconds, "rss_growth": growth}
 
+    def calls(self, count: int) -> dict[str, float]:
+        """Time what a caller does for each pool and for each request: seconds for one call, the median of `count` samples of 16."""
+        size = self.page_nbytes
+        table = self._table(self.buffer.ctypes.data, self.indices)
+        runs = np.array([(self.buffer.ctypes.data, size, 0, size, len(self.indices))], np.uint64)
+        listed = self.indices.tolist()
+
+        def make(indices: Any) -> Any:
+            return self.agent.make_prepped_xfer("WRITE", self.near, indices, self.far, indices, b"")
+
+        works = {
+            "prepare a list": lambda: self.agent.prep_xfer_dlist("", table),
+            "prepare a run": lambda: self.agent.prep_xfer_dlist("", runs, "DRAM"),
+            "make, indices an array": lambda: make(self.indices),
+            "make, indices a list": lambda: make(listed),
+        }
+        return {name: _median(work, count) for name, work in works.items()}
+
     def prepare_again(self, count: int) -> dict[str, list[float]]:
         """Time what NIXL does for the same descriptors a second time: make a transfer of the prepared lists."""
         make = []
@@ -204,6 +223,18 @@ class Nixl(Mover):
             make.append(time.perf_counter() - start)
             self.agent.release_xfer_handle(handle)
         return {"again": make}
+
+
+def _median(work: Callable[[], Any], count: int) -> float:
+    """Return what one call takes; what it returns is released outside the timing."""
+    samples = []
+    for _ in range(count):
+        start = time.perf_counter()
+        made = [work() for _ in range(16)]
+        samples.append((time.perf_counter() - start) / 16)
+        for one in made:
+            one.release()
+    return sorted(samples)[len(samples) // 2]
 
 
 def _run(selector: TimedSelector, coroutine: Any) -> dict[str, list[float]]:

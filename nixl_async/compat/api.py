@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 
 DEFAULT_COMM_PORT = nixlBind.DEFAULT_COMM_PORT
 nixl_backend_handle = int
+_OWN_NAMES = frozenset({"", b"", "NIXL_INIT_AGENT", b"NIXL_INIT_AGENT"})
 _THREAD_PARAMETERS = {"UCX": "num_threads", "OBJ": "num_threads", "GDS_MT": "thread_count"}
 
 
@@ -37,7 +38,7 @@ class _Handle:
     __slots__ = ("_agent", "_handle", "_released")
 
     def __init__(self, agent: Any, value: int) -> None:
-        self._handle = int(value)
+        self._handle = value
         self._agent = agent
         self._released = False
 
@@ -228,10 +229,12 @@ class nixl_agent:
 
         An Nx5 array of (address, length, device, stride, count) is taken as runs, and never expanded.
         """
-        if agent_name in ("", b"", "NIXL_INIT_AGENT", b"NIXL_INIT_AGENT"):
+        if agent_name in _OWN_NAMES:
             agent_name = nixlBind.NIXL_INIT_AGENT
-        handles = self._handles(backends)
-        if isinstance(xfer_list, np.ndarray) and xfer_list.ndim == 2 and xfer_list.shape[1] == 5:
+        handles = self._handles(backends) if backends else []
+        if type(xfer_list) is nixlBind.nixlXferDList:
+            handle = self.agent.prepXferDlist(agent_name, xfer_list, handles)
+        elif isinstance(xfer_list, np.ndarray) and xfer_list.ndim == 2 and xfer_list.shape[1] == 5:
             if mem_type is None:
                 raise ValueError("Please specify a mem type for strided descriptors")
             handle = self.agent.prepXferDlist(agent_name, self.nixl_mems[mem_type], xfer_list, handles)
@@ -259,7 +262,7 @@ class nixl_agent:
             remote_xfer_side._handle,
             remote_indices,
             notif_msg,
-            self._handles(backends),
+            self._handles(backends) if backends else [],
             skip_desc_merge,
         )
         return nixl_xfer_handle(self.agent, handle)
@@ -372,7 +375,7 @@ class nixl_agent:
         self.agent.invalidateRemoteMD(agent)
 
     def send_local_metadata(self, ip_addr: str = "", port: int = DEFAULT_COMM_PORT) -> None:
-        """Send this agent's metadata to another agent's listener."""
+        """Send this agent's metadata to another agent's listener; without `ip_addr`, write it to etcd."""
         self.agent.sendLocalMD(ip_addr, port)
 
     def send_partial_agent_metadata(
@@ -384,17 +387,17 @@ class nixl_agent:
         port: int = DEFAULT_COMM_PORT,
         label: str = "",
     ) -> None:
-        """Send a part of this agent's metadata to another agent's listener."""
+        """Send a part of this agent's metadata to another agent's listener; without `ip_addr`, write it to etcd, under `label`."""
         self.agent.sendLocalPartialMD(descs, inc_conn_info, self._handles(backends), ip_addr, port, label)
 
     def fetch_remote_metadata(
         self, remote_agent: str, ip_addr: str = "", port: int = DEFAULT_COMM_PORT, label: str = ""
     ) -> None:
-        """Ask another agent's listener for its metadata; `check_remote_metadata` tells when it is there."""
+        """Ask another agent's listener, or etcd, for its metadata; `check_remote_metadata` tells when it is there."""
         self.agent.fetchRemoteMD(remote_agent, ip_addr, port, label)
 
     def invalidate_local_metadata(self, ip_addr: str = "", port: int = DEFAULT_COMM_PORT) -> None:
-        """Tell another agent's listener to forget this agent."""
+        """Tell another agent's listener to forget this agent; without `ip_addr`, take from etcd what it wrote."""
         self.agent.invalidateLocalMD(ip_addr, port)
 
     def check_remote_metadata(self, agent: str, descs: Any = None) -> bool:

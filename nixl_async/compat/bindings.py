@@ -5,12 +5,13 @@ Backends and prepared things are integers here. `nixl_async.compat.api` is the l
 
 from __future__ import annotations
 
+import asyncio
 import datetime
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nixl_async.compat import central
 from nixl_async.compat.core import Core
 from nixl_async.compat.engine import ENGINE
 from nixl_async.compat.enums import nixl_cost_t, nixl_mem_t, nixl_status_t, nixl_thread_sync_t, nixl_xfer_op_t
@@ -33,6 +34,11 @@ from nixl_async.compat.listener import DEFAULT_COMM_PORT, Listener
 from nixl_async.compat.lists import nixlRegDList, nixlRemoteDList, nixlXferDList
 from nixl_async.compat.log import get_logger
 from nixl_async.compat.plugins import PLUGINS
+from nixl_async.compat.polled import Calls
+from nixl_async.compat.requests import Request
+from nixl_async.compat.settings import setting, switch
+from nixl_async.compat.telemetry import open_telemetry
+from nixl_async.errors import NixlError
 
 logger = get_logger(__name__)
 
@@ -59,9 +65,7 @@ NIXL_THREAD_SYNC_RW = nixl_thread_sync_t.NIXL_THREAD_SYNC_RW
 NIXL_THREAD_SYNC_DEFAULT = nixl_thread_sync_t.NIXL_THREAD_SYNC_DEFAULT
 
 _ENABLE_VARIABLE = "NIXL_TELEMETRY_ENABLE"
-_YES = frozenset({"y", "yes", "on", "1", "true", "enable"})
-_NO = frozenset({"n", "no", "off", "0", "false", "disable"})
-_STORES = ("NIXL_ETCD_ENDPOINTS", "NIXL_TCPSTORE_ENDPOINT")
+_TCPSTORE_VARIABLE = "NIXL_TCPSTORE_ENDPOINT"
 
 
 class nixlAgentConfig:
@@ -95,7 +99,7 @@ class nixlXferTelemetry:
         self.startTime = self.postDuration = self.xferDuration = self.totalBytes = self.descCount = 0
 
 
-class nixlAgent:
+class nixlAgent(Calls):
     """An agent. It is closed when nobody holds it, or a handle made by it, any more."""
 
     def __init__(self, name: str, config: nixlAgentConfig) -> None:
@@ -108,12 +112,36 @@ class nixlAgent:
         finalizer = weakref.finalize(self, ENGINE.leave, core.close)
         # The engine closes everybody at the end of the process.
         finalizer.atexit = False
+        self.open_calls(
+            core.requests,
+            core.sides,
+            core.native_ranges,
+            core.gate,
+            Request,
+            nixlXferDList,
+            DRAM_SEG,
+            NIXL_SUCCESS,
+            NIXL_IN_PROG,
+            NIXL_WRITE,
+            asyncio._get_running_loop,
+            self._telemetry,
+        )
+        self._central: central.Central | None = None
         listener = Listener(core)
         try:
+            if self._telemetry and (telemetry := open_telemetry(name)) is not None:
+                core.export_to(telemetry)
+            if endpoints := setting(central.ENDPOINTS_VARIABLE):
+                namespace = setting(central.NAMESPACE_VARIABLE) or central.NAMESPACE
+                self._central = central.Central(core, endpoints, namespace, config.etcdWatchTimeout.total_seconds())
+                core.run(self._central.open())
             core.run(listener.open(config.listenPort if config.useListenThread else None))
         except OSError as error:
             finalizer()
             raise RuntimeError(f"Failed to bind metadata listener socket: port {config.listenPort}: {error}") from error
+        except NixlError:
+            finalizer()
+            raise
         self._listener = listener
 
     def __repr__(self) -> str:
@@ -164,19 +192,27 @@ class nixlAgent:
 
     # Transfers.
 
-    def prepXferDlist(self, agent_name: Any, descs: Any = (), *rest: Any, **named: Any) -> int:
-        """Prepare places to choose from: (agent, list, backends), (agent, memory, Nx5 array, backends), or (list, backends)."""
+    # What `Calls` does not do by itself: prepXferDlist, makeXferReq, createXferReq, postXferReq,
+    # getXferStatus and releaseXferReq are its.
+
+    def _prepare(self, agent_name: Any, descs: Any = (), *rest: Any, **named: Any) -> int:
         backends = named.pop("backend", None)
         if named:
             raise TypeError(f"prepXferDlist() got unexpected arguments {sorted(named)}")
-        if isinstance(agent_name, nixlXferDList):
-            return self._core.prepare_list(NIXL_INIT_AGENT, agent_name, backends or descs)
-        if isinstance(descs, nixl_mem_t):
-            runs, chosen = (*rest, (), ())[:2]
-            return self._core.prepare_runs(_text(agent_name), descs, runs, backends or chosen)
-        return self._core.prepare_list(_text(agent_name), _expect(descs, nixlXferDList), backends or (rest[0] if rest else ()))
+        try:
+            if isinstance(agent_name, nixlXferDList):
+                return self._core.prepare_list(NIXL_INIT_AGENT, agent_name, backends or descs)
+            if isinstance(descs, nixl_mem_t):
+                runs, chosen = (*rest, (), ())[:2]
+                return self._core.prepare_runs(_text(agent_name), descs, runs, backends or chosen)
+            return self._core.prepare_list(
+                _text(agent_name), _expect(descs, nixlXferDList), backends or (rest[0] if rest else ())
+            )
+        except NixlError as error:
+            self._core.failed(error)
+            raise
 
-    def makeXferReq(
+    def _make(
         self,
         operation: nixl_xfer_op_t,
         local_side: int,
@@ -187,11 +223,14 @@ class nixlAgent:
         backend: Sequence[int] = (),
         skip_desc_merg: bool = False,
     ) -> int:
-        """Make a transfer of chosen places."""
         sides = local_side, local_indices, remote_side, remote_indices
-        return self._core.make(operation, *sides, _bytes(notif_msg), backend, not skip_desc_merg)
+        try:
+            return self._core.make(operation, *sides, _bytes(notif_msg), backend, not skip_desc_merg)
+        except NixlError as error:
+            self._core.failed(error)
+            raise
 
-    def createXferReq(
+    def _create(
         self,
         operation: nixl_xfer_op_t,
         local_descs: nixlXferDList,
@@ -200,16 +239,30 @@ class nixlAgent:
         notif_msg: str | bytes = b"",
         backend: Sequence[int] = (),
     ) -> int:
-        """Make a transfer of two lists."""
         lists = _expect(local_descs, nixlXferDList), _expect(remote_descs, nixlXferDList)
-        return self._core.create(operation, *lists, _text(remote_agent), _bytes(notif_msg), backend)
+        try:
+            return self._core.create(operation, *lists, _text(remote_agent), _bytes(notif_msg), backend)
+        except NixlError as error:
+            self._core.failed(error)
+            raise
 
-    def postXferReq(self, reqh: int, notif_msg: str | bytes = b"") -> nixl_status_t:
-        """Start a transfer; it may be done when this returns."""
-        return self._core.request(reqh).post(_bytes(notif_msg) if notif_msg else b"")
+    def _told(self, reqh: int, notif_msg: str | bytes = b"") -> nixl_status_t:
+        request = self._core.request(reqh)
+        if notif_msg:
+            request.notify = _bytes(notif_msg)
+        return request.done_at_once()
 
-    def getXferStatus(self, reqh: int) -> nixl_status_t:
-        """Return whether a transfer is done; raise what it failed with."""
+    def _post(self, reqh: int, notif_msg: str | bytes = b"") -> nixl_status_t:
+        request = self._core.request(reqh)
+        try:
+            return request.post(_bytes(notif_msg) if notif_msg else b"")
+        except NixlError as error:
+            # What a transfer fails with is counted when it does.
+            if request.error is None:
+                self._core.failed(error)
+            raise
+
+    def _status(self, reqh: int) -> nixl_status_t:
         return self._core.request(reqh).check()
 
     def getXferTelemetry(self, reqh: int) -> nixlXferTelemetry:
@@ -234,8 +287,7 @@ class nixlAgent:
         """Return the handle of the backend that was chosen for a transfer."""
         return self._core.request(reqh).lane.handle
 
-    def releaseXferReq(self, reqh: int) -> nixl_status_t:
-        """Forget a transfer; one that is under way is cancelled first, and no byte of it moves afterwards."""
+    def _release(self, reqh: int) -> nixl_status_t:
         self._core.release_request(reqh)
         return NIXL_SUCCESS
 
@@ -289,8 +341,11 @@ class nixlAgent:
         return NIXL_SUCCESS if known else NIXL_ERR_NOT_FOUND
 
     def sendLocalMD(self, ip_addr: str = "", port: int = 0) -> None:
-        """Send this agent's metadata to the listener of another."""
-        self._listening(ip_addr).send_soon(_text(ip_addr), port, self.getLocalMD())
+        """Send this agent's metadata to the listener of another; without its address, write it to the central store."""
+        if ip_addr:
+            self._listening().send_soon(_text(ip_addr), port, self.getLocalMD())
+        else:
+            self._stored().send_soon(self.getLocalMD())
 
     def sendLocalPartialMD(
         self,
@@ -301,37 +356,53 @@ class nixlAgent:
         port: int = 0,
         label: str = "",
     ) -> None:
-        """Send a part of this agent's metadata to the listener of another."""
-        listener = self._listening(ip_addr)
-        listener.send_soon(_text(ip_addr), port, self.getLocalPartialMD(descs, inc_conn_info, backends))
+        """Send a part of this agent's metadata to the listener of another, or write it to the central store under a label."""
+        if ip_addr:
+            part = self.getLocalPartialMD(descs, inc_conn_info, backends)
+            self._listening().send_soon(_text(ip_addr), port, part)
+            return
+        store = self._stored()
+        if not label:
+            raise refusal(nixlInvalidParamError, "a part of the metadata goes to the central store under a label; give one")
+        store.send_soon(self.getLocalPartialMD(descs, inc_conn_info, backends), _text(label))
 
     def fetchRemoteMD(self, remote_agent: str, ip_addr: str = "", port: int = 0, label: str = "") -> None:
-        """Ask the listener of an agent for its metadata; `checkRemoteMD` tells when it is loaded."""
-        self._listening(ip_addr).fetch_soon(_text(ip_addr), port)
+        """Ask the listener of an agent, or the central store, for its metadata; `checkRemoteMD` tells when it is loaded."""
+        if ip_addr:
+            self._listening().fetch_soon(_text(ip_addr), port)
+        else:
+            self._stored().fetch_soon(_text(remote_agent), _text(label))
 
     def invalidateLocalMD(self, ip_addr: str = "", port: int = 0) -> None:
-        """Tell the listener of another agent to forget this one."""
-        self._listening(ip_addr).invalidate_soon(_text(ip_addr), port)
-
-    def _listening(self, ip_addr: str) -> Listener:
+        """Tell the listener of another agent to forget this one; without its address, delete what is in the central store."""
         if ip_addr:
-            assert self._listener is not None
-            return self._listener
-        given = next((name for name in _STORES if os.environ.get(name)), None)
-        if given is not None:
+            self._listening().invalidate_soon(_text(ip_addr), port)
+        else:
+            self._stored().invalidate_soon()
+
+    def _listening(self) -> Listener:
+        assert self._listener is not None
+        return self._listener
+
+    def _stored(self) -> central.Central:
+        if self._central is not None:
+            return self._central
+        if setting(_TCPSTORE_VARIABLE):
             raise refusal(
-                nixlNotSupportedError, f"{given} is set, but metadata goes through no central store here; give ip_addr"
+                nixlNotSupportedError,
+                f"{_TCPSTORE_VARIABLE} is set, but here metadata goes through etcd ({central.ENDPOINTS_VARIABLE}); or give ip_addr",
             )
-        raise refusal(nixlInvalidParamError, "give the ip_addr of the agent; there is no central store of metadata")
+        raise refusal(
+            nixlInvalidParamError,
+            f"give the ip_addr of the agent: {central.ENDPOINTS_VARIABLE} was not set when this agent was made",
+        )
 
 
 def _captures(asked: bool) -> bool:
-    given = os.environ.get(_ENABLE_VARIABLE, "").lower()
-    if given in _NO:
-        if asked:
-            logger.warning("%s=%s goes before capture_telemetry", _ENABLE_VARIABLE, given)
-        return False
-    return asked or given in _YES
+    given = switch(_ENABLE_VARIABLE)
+    if given is False and asked:
+        logger.warning("%s goes before capture_telemetry: it is off", _ENABLE_VARIABLE)
+    return asked if given is None else given
 
 
 def _text(value: Any) -> str:

@@ -31,8 +31,12 @@ from nixl_async.compat.log import get_logger
 from nixl_async.compat.making import Making
 from nixl_async.compat.places import Places
 from nixl_async.compat.plugins import EXCLUSIVE, PLUGINS
+from nixl_async.compat.polled import Gate, Side
+from nixl_async.compat.polled import Ranges as NativeRanges
 from nixl_async.compat.requests import Request
+from nixl_async.compat.telemetry import DEREGISTERED, REGISTERED, Telemetry
 from nixl_async.errors import NixlError
+from nixl_async.memory import RemoteRegion
 
 T = TypeVar("T")
 logger = get_logger(__name__)
@@ -50,7 +54,7 @@ class Core(Making, Exchange):
     def __init__(self, name: str) -> None:
         self.name = name
         given = os.environ.get(TOKEN_VARIABLE)
-        self._given_token = given is not None
+        self._given_token = bool(given)
         self._token = given.encode() if given else secrets.token_bytes(16)
         self.lanes: dict[int, Lane] = {}
         self.remotes: dict[str, Remote] = {}
@@ -59,16 +63,18 @@ class Core(Making, Exchange):
         self._handles = itertools.count(0x1000_0000, 0x10)
         self._tasks: list[asyncio.Task[None]] = []
         self.on_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self.sides: dict[int, Side] = {}
+        self.native_ranges: dict[str, NativeRanges] = {}
+        self._held: dict[str, set[RemoteRegion]] = {}
         # One who changes registrations keeps out those who copy on their own thread.
-        self._counting = threading.Lock()
-        self._gate = threading.Condition(self._counting)
-        self._changing = False
-        self._copying = 0
+        self.gate = Gate()
+        self._telemetry: Telemetry | None = None
         self._change = threading.RLock()
         self._notifications: dict[str, list[bytes]] = {}
         self._inbox = threading.Lock()
         self._arrived = Bell()
         self._asked_ns = self._polled_ns = self._slept_ns = 0
+        self._reachable = asyncio.Event()
         self.close: Callable[[], Coroutine[Any, Any, None]] = self._aclose
         ENGINE.enter(self.close)
 
@@ -77,14 +83,21 @@ class Core(Making, Exchange):
             task.cancel()
         for ending in self.on_close:
             await ending()
+        self.gate.close()
         for request in list(self.requests.values()):
-            request._cancel()
+            request.cancel()
         for lane in list(self.lanes.values()):
             try:
                 await lane.aclose()
             except Exception:
                 logger.exception("agent %s: backend %s does not close", self.name, lane.plugin.name)
         self.lanes.clear()
+        if self._telemetry is not None:
+            await self._telemetry.aclose()
+        # What is native in them hides the circle that they are part of from the garbage collector.
+        self.requests.clear()
+        self.sides.clear()
+        self.native_ranges.clear()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the loop and wait; our exceptions become NIXL's."""
@@ -93,35 +106,14 @@ class Core(Making, Exchange):
         except NixlError as error:
             raise translate(error) from error
 
-    # Copies on callers' threads.
-
-    def begin(self) -> bool:
-        """Count one who copies; False while registrations change."""
-        with self._counting:
-            if self._changing:
-                return False
-            self._copying += 1
-            return True
-
-    def end(self) -> None:
-        """Count one who copies less."""
-        with self._counting:
-            self._copying -= 1
-            if self._changing and not self._copying:
-                self._gate.notify_all()
-
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
         with self._change:
-            with self._gate:
-                self._changing = True
-                while self._copying:
-                    self._gate.wait()
+            self.gate.close()
             try:
                 yield
             finally:
-                with self._gate:
-                    self._changing = False
+                self.gate.open()
 
     # Backends.
 
@@ -136,19 +128,31 @@ class Core(Making, Exchange):
                 raise refusal(nixlInvalidParamError, f"this agent has a backend {name} already")
             if name in EXCLUSIVE and there & EXCLUSIVE:
                 raise refusal(nixlNotAllowedError, f"an agent has one of {', '.join(sorted(EXCLUSIVE))}, not both")
-            lane = make_lane(plugin, next(self._handles), params, self.name, self._token)
+            if ignored := sorted(
+                key for key, value in params.items() if key not in plugin.used and value != plugin.params.get(key)
+            ):
+                logger.info("agent %s: backend %s takes no notice of %s", self.name, name, ", ".join(ignored))
+            lane = make_lane(plugin, next(self._handles), params, self.name, self._token, self.gate)
             try:
                 self.run(self._open(lane))
             except NixlError as error:
                 made = refusal(nixlBackendError, f"backend {name} cannot be made: {error} {getattr(error, '__notes__', '')}")
                 raise made from error
-            self.lanes[lane.handle] = lane
             return lane.handle
 
     async def _open(self, lane: Lane) -> None:
         await lane.open()
+        self.lanes[lane.handle] = lane
         if lane.plugin.remote:
-            self._tasks.append(asyncio.get_running_loop().create_task(self._listen(lane)))
+            self._reachable.set()
+            loop = asyncio.get_running_loop()
+            self._tasks += [loop.create_task(self._listen(lane)), loop.create_task(self.follow(lane))]
+
+    async def reachable(self, seconds: float) -> None:
+        """Wait, on the loop, for a backend that reaches other agents; return when there is one, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._reachable.wait()
 
     async def _listen(self, lane: Lane) -> None:
         async with lane.agent.notifications() as arriving:
@@ -193,6 +197,8 @@ class Core(Making, Exchange):
             for note in getattr(failures[0], "__notes__", ()):
                 made.add_note(note)
             raise made from failures[0]
+        if self._telemetry is not None:
+            self._telemetry.add((REGISTERED, sum(nbytes for _, nbytes, _ in rows)))
 
     def deregister(self, descs: nixlRegDList, handles: Sequence[int]) -> None:
         """Take registrations back from each backend that has them."""
@@ -212,6 +218,8 @@ class Core(Making, Exchange):
                     failed = failed or error
         if failed is not None:
             raise failed
+        if self._telemetry is not None:
+            self._telemetry.add((DEREGISTERED, sum(nbytes for _, nbytes, _ in rows)))
 
     def query(self, descs: nixlRegDList, handle: int) -> list[dict[str, str] | None]:
         """Tell of each object or file whether there is one."""
@@ -228,6 +236,29 @@ class Core(Making, Exchange):
             self._slept_ns = now
             return True
         return False
+
+    # Telemetry.
+
+    def export_to(self, telemetry: Telemetry) -> None:
+        """Tell from now on what happens; to be called before anything does."""
+        self.run(telemetry.open())
+        self._telemetry = telemetry
+
+    @property
+    def exports(self) -> bool:
+        """Whether each transfer is told of to others, who must be told by `completed`."""
+        return self._telemetry is not None
+
+    def completed(self, request: Request) -> None:
+        """Take note of a transfer that is done."""
+        if self._telemetry is not None:
+            _, post_us, took_us = request.times()
+            self._telemetry.transferred(bool(request.put), request.nbytes, post_us, took_us)
+
+    def failed(self, error: NixlError) -> None:
+        """Count an error."""
+        if self._telemetry is not None:
+            self._telemetry.failed(error)
 
     # Notifications.
 

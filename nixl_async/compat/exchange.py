@@ -18,10 +18,11 @@ from nixl_async.compat.errors import (
     nixlRemoteDisconnectError,
     refusal,
 )
-from nixl_async.compat.lane import Lane, vram_on_host
+from nixl_async.compat.lane import Lane, quiet, vram_on_host
 from nixl_async.compat.lists import nixlRegDList, nixlXferDList
 from nixl_async.compat.log import get_logger
 from nixl_async.compat.places import from_list
+from nixl_async.compat.polled import Gate
 from nixl_async.compat.ranges import Range, Ranges
 from nixl_async.errors import NixlError, PeerLost, ProtocolError
 from nixl_async.memory import RemoteRegion
@@ -43,6 +44,8 @@ class Remote:
     blob: bytes
     peer: Peer
     ranges: Ranges = field(default_factory=Ranges)
+    targets: dict[str, Any] = field(default_factory=dict)
+    """The process that each of our backends copies to and from, as far as it was asked for."""
 
 
 class Exchange:
@@ -52,6 +55,9 @@ class Exchange:
     lanes: dict[int, Lane]
     remotes: dict[str, Remote]
     requests: dict[int, Any]
+    gate: Gate
+    _held: dict[str, set[RemoteRegion]]
+    """Peers' regions that callers' threads may copy to and from: their owners wait until we let go of them."""
     _token: bytes
     _given_token: bool
 
@@ -133,8 +139,31 @@ class Exchange:
         fresh = [place for place in read.places if (nixl_mem_t(place[0]), *place[1:4]) not in had]
         ranges = [*known.ranges.all, *await self._regions(lane, known.peer, fresh)]
         known.ranges = Ranges(ranges)
-        self.remotes[read.name] = known
+        if self.remotes.get(read.name) is not known:
+            self.remotes[read.name] = known
+            self.gate.bump()
+        self._hold(read.name, ranges)
         return read.name
+
+    def _hold(self, agent: str, ranges: list[Range]) -> None:
+        held = self._held.setdefault(agent, set())
+        for one in ranges:
+            if one.region not in held and not one.region.withdrawn:
+                one.region.hold()
+                held.add(one.region)
+
+    async def follow(self, lane: Lane) -> None:
+        """Let go of regions whose owners withdraw them, once nobody copies to or from them on a thread of its own."""
+        async for event in lane.agent.membership():
+            held = self._held.get(event.peer, set())
+            gone = {region for region in held if region.withdrawn}
+            if gone:
+                await quiet(self.gate)
+                # Those that were forgotten meanwhile are released.
+                gone &= held
+                held -= gone
+                for region in gone:
+                    region.release()
 
     async def _reach(self, lane: Lane, read: blobs.Blob) -> Peer:
         try:
@@ -175,9 +204,13 @@ class Exchange:
         remote = self.remotes.pop(agent, None)
         if remote is None:
             return False
+        await quiet(self.gate)
+        held = self._held.pop(agent, set())
+        while held:
+            held.pop().release()
         for request in list(self.requests.values()):
             if request.remote is remote:
-                request._cancel()
+                request.cancel()
         if remote.peer.link is None and not remote.peer.gone:
             with contextlib.suppress(NixlError):
                 await self.remote_lane().agent.disconnect(agent)

@@ -14,13 +14,15 @@ from typing import Any
 
 from nixl_async.agent import Agent
 from nixl_async.backend import Backend
+from nixl_async.backends.samehost import SameHostBackend
 from nixl_async.compat.enums import nixl_mem_t
 from nixl_async.compat.errors import nixlBackendError, nixlNotFoundError, refusal
 from nixl_async.compat.log import get_logger
 from nixl_async.compat.plugins import DEVICE_BACKENDS, Plugin
+from nixl_async.compat.polled import HERE, Gate, Target
 from nixl_async.compat.ranges import Range, Ranges
 from nixl_async.cuda import device_count
-from nixl_async.errors import AccessError, MissingDependency, NixlError
+from nixl_async.errors import AccessError, MissingDependency, NixlError, PeerLost
 from nixl_async.memory import MemoryRegion
 from nixl_async.storage import UNSIZED_NBYTES, FileRegion
 from nixl_async.stores import Store
@@ -67,20 +69,57 @@ def vram_on_host() -> bool:
     return os.environ.get(ON_HOST_VARIABLE, "").lower() in ("1", "true", "yes", "on", "y")
 
 
+class _LaneAgent(Agent):
+    """Takes those who copy on threads of their own for transfers of its own: peers are told that they are quiet when they are."""
+
+    gate: Gate
+
+    def _peer_gone(self, name: str, error: PeerLost) -> None:
+        self.gate.bump()
+        super()._peer_gone(name, error)
+
+    async def _peer_quiet(self, name: str) -> None:
+        await quiet(self.gate)
+        await super()._peer_quiet(name)
+
+
+async def quiet(gate: Gate) -> None:
+    """Wait, on the loop, until those have ended who copy on threads of their own."""
+
+    def wait() -> None:
+        gate.close()
+        gate.open()
+
+    await asyncio.to_thread(wait)
+
+
 class Lane:
     """What one `createBackend` made. Its coroutines run on the engine's loop; `local` is read by any thread."""
 
-    def __init__(self, plugin: Plugin, handle: int, params: Mapping[str, str], name: str, token: bytes) -> None:
+    def __init__(self, plugin: Plugin, handle: int, params: Mapping[str, str], name: str, token: bytes, gate: Gate) -> None:
         self.plugin, self.handle, self.params = plugin, handle, dict(params)
-        self._token = token
+        self._token, self._gate = token, gate
         self.backends = self._load()
-        self.agent = Agent(name, backends=list(self.backends.values()), token=token)
+        self.agent = self._make_agent(name)
         self.local = Ranges()
         self.entries: dict[Key, Entry] = {}
         self.store: Store | None = None
 
     def _load(self) -> dict[str, Backend]:
-        return {backend.name: backend for backend in self.plugin.load(self.params)}
+        return {backend.name: backend for backend in self.plugin.load()}
+
+    def _make_agent(self, name: str) -> Agent:
+        agent = _LaneAgent(name, backends=list(self.backends.values()), token=self._token)
+        agent.gate = self._gate
+        return agent
+
+    def target(self, route: str, peer: str) -> Target | None:
+        """Return the process that our backend `route` copies to or from for a peer on any thread; `None` if it is another's."""
+        if route == "memory":
+            return HERE
+        backend = self.backends.get(route)
+        found = backend.process(peer) if isinstance(backend, SameHostBackend) else None
+        return None if found is None else Target(*found)
 
     async def open(self) -> None:
         """Open the agent; serve it, or open its store."""
@@ -91,7 +130,7 @@ class Lane:
                 raise
             logger.warning("backend %s goes without a CUDA device: %s", self.plugin.name, error)
             self.backends = {name: one for name, one in self._load().items() if name not in DEVICE_BACKENDS}
-            self.agent = Agent(self.agent.name, backends=list(self.backends.values()), token=self._token)
+            self.agent = self._make_agent(self.agent.name)
             await self.agent.__aenter__()
         try:
             if self.plugin.remote:
@@ -294,7 +333,7 @@ def _own_address() -> str:
             return "127.0.0.1"
 
 
-def make_lane(plugin: Plugin, handle: int, params: Mapping[str, str], name: str, token: bytes) -> Lane:
+def make_lane(plugin: Plugin, handle: int, params: Mapping[str, str], name: str, token: bytes, gate: Gate) -> Lane:
     """Make a lane.
 
     Raises:
@@ -302,7 +341,7 @@ def make_lane(plugin: Plugin, handle: int, params: Mapping[str, str], name: str,
         nixlBackendError: it refuses its parameters.
     """
     try:
-        return Lane(plugin, handle, params, name, token)
+        return Lane(plugin, handle, params, name, token, gate)
     except MissingDependency as error:
         raise refusal(nixlNotFoundError, f"{plugin.name}: {error}") from error
     except (NixlError, ValueError) as error:

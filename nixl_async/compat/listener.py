@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable
 from functools import partial
 
+from nixl_async.compat.background import Background
 from nixl_async.compat.core import Core
 from nixl_async.compat.engine import ENGINE
 from nixl_async.compat.log import get_logger
@@ -22,6 +22,8 @@ logger = get_logger(__name__)
 DEFAULT_COMM_PORT = 8888
 MAX_FRAME_NBYTES = 1 << 30
 CONNECT_SECONDS = 1.0
+BACKEND_SECONDS = 2.0
+"""How long a message waits for a backend that is made after the agent: programs listen from its first moment."""
 _PREFIX = b"NIXLCOMM:"
 _U64 = struct.Struct("<Q")
 _VERB_NBYTES = 4
@@ -35,7 +37,7 @@ class Listener:
         self._server: asyncio.Server | None = None
         self._writers: dict[tuple[str, int], asyncio.StreamWriter] = {}
         self._accepted: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(core.name, "metadata is not exchanged")
         # What goes to one address goes in the order of the calls.
         self._sending: dict[tuple[str, int], asyncio.Lock] = {}
 
@@ -57,9 +59,7 @@ class Listener:
     async def _aclose(self) -> None:
         if self._server is not None:
             self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.aclose()
         for writer in [*self._writers.values(), *self._accepted]:
             writer.close()
 
@@ -78,20 +78,9 @@ class Listener:
         self._soon(host, port, b"INVL" + self._core.name.encode())
 
     def _soon(self, host: str, port: int, message: bytes) -> None:
-        ENGINE.call(self._spawn, partial(self._deliver, (host, port or DEFAULT_COMM_PORT), message))
+        ENGINE.call(self._background.spawn, partial(self._deliver, (host, port or DEFAULT_COMM_PORT), message))
 
     # Inside.
-
-    def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
-        async def run() -> None:
-            try:
-                await work()
-            except (OSError, TimeoutError, NixlError) as error:
-                logger.error("agent %s: metadata is not exchanged: %s", self._core.name, error)
-
-        task = asyncio.get_running_loop().create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _deliver(self, address: tuple[str, int], message: bytes) -> None:
         async with self._sending.setdefault(address, asyncio.Lock()):
@@ -100,12 +89,12 @@ class Listener:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     reader, writer = await asyncio.open_connection(*address)
                 self._writers[address] = writer
-                self._spawn(partial(self._serve, reader, writer))
+                self._background.spawn(partial(self._serve, reader, writer))
             await _write(writer, message)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._accepted.add(writer)
-        self._spawn(partial(self._serve, reader, writer))
+        self._background.spawn(partial(self._serve, reader, writer))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -126,6 +115,7 @@ class Listener:
 
     async def _obey(self, writer: asyncio.StreamWriter, verb: bytes, body: bytes) -> None:
         try:
+            await self._core.reachable(BACKEND_SECONDS)
             if verb == b"LOAD":
                 await self._core.load_soon(body)
             elif verb == b"SEND":

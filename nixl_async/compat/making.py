@@ -21,8 +21,12 @@ from nixl_async.compat.exchange import Remote
 from nixl_async.compat.lane import Lane, vram_on_host
 from nixl_async.compat.lists import nixlXferDList
 from nixl_async.compat.places import Places, from_list, from_runs, pair, read_indices
-from nixl_async.compat.requests import Owner, Request
-from nixl_async.descriptors import Descriptor, Side
+from nixl_async.compat.polled import Ranges as NativeRanges
+from nixl_async.compat.polled import Side as NativeSide
+from nixl_async.compat.polled import Target
+from nixl_async.compat.ranges import Group
+from nixl_async.compat.requests import Owner, Request, Way, find_target, prepared_request
+from nixl_async.descriptors import Descriptor, Plan, Side
 from nixl_async.errors import NixlError
 from nixl_async.handle import PreparedTransfer
 
@@ -38,6 +42,10 @@ class Making(Owner):
     lanes: dict[int, Lane]
     requests: dict[int, Request]
     places: dict[int, Places]
+    sides: dict[int, NativeSide]
+    """Those of the lists that transfers are made of natively."""
+    native_ranges: dict[str, NativeRanges]
+    """What lists are prepared of natively, by the agent's name; "" for this one's own."""
     _handles: itertools.count[int]
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -54,11 +62,47 @@ class Making(Owner):
 
     def prepare_list(self, agent: str, descs: nixlXferDList, handles: Sequence[int]) -> int:
         """Find what holds the places; return a handle to choose from them."""
-        return self._keep(self._located(agent, from_list(descs), handles))
+        epoch = self.gate.epoch
+        handle = self._keep(self._located(agent, from_list(descs), handles))
+        self._publish_ranges(agent, epoch)
+        return handle
 
     def prepare_runs(self, agent: str, memory: nixl_mem_t, runs: Any, handles: Sequence[int]) -> int:
         """Find what holds runs of places."""
-        return self._keep(self._located(agent, from_runs(memory, runs), handles))
+        epoch = self.gate.epoch
+        handle = self._keep(self._located(agent, from_runs(memory, runs), handles))
+        self._publish_ranges(agent, epoch)
+        return handle
+
+    def _publish_ranges(self, agent: str, epoch: int) -> None:
+        """Have lists of an agent's main memory prepared natively from now on, and transfers of them made so."""
+        known = self.native_ranges.get(agent)
+        if known is not None and known.epoch == epoch:
+            return
+        lane = next((one for one in self.lanes.values() if one.plugin.remote), None)
+        remote = self.remotes.get(agent) if agent and agent != self.name else None
+        ranges = (lane.local if remote is None else remote.ranges) if lane is not None else None
+        group = None if ranges is None else ranges.of(nixl_mem_t.DRAM_SEG, 0)
+        if self.exports or lane is None or group is None or not _usable(group.regions):
+            return
+        target = self._target(lane, remote, group) if agent else None
+        if agent and target is None:
+            return
+        way = Way(self, lane, group.regions, remote, agent)
+        self.native_ranges[agent] = NativeRanges(group.starts, group.ends, lane.handle, epoch, target, way)
+
+    def _target(self, lane: Lane, remote: Remote | None, group: Group) -> Target | None:
+        """Return the process that copies with a remote agent go to; `None` where they go another way than by this thread."""
+        mine = lane.local.of(nixl_mem_t.DRAM_SEG, 0)
+        if mine is None:
+            return None
+        one = np.array([1])
+        here, there = (Side((each.regions[0],), each.starts[:1]) for each in (mine, group))
+        try:
+            route = lane.agent.prepare_plan(Plan(here, there, one, 1, (1,))).routes[0]
+        except NixlError:
+            return None
+        return find_target(lane, route, remote)
 
     def _keep(self, places: Places) -> int:
         handle = next(self._handles)
@@ -112,13 +156,54 @@ class Making(Owner):
                 nixlInvalidParamError,
                 f"{len(mine)} local indices and {len(theirs)} remote ones; give as many, and one at least",
             )
-        return self._request(op, near, mine, far, theirs, notify, handles, merge)
+        epoch = self.gate.epoch
+        request = self._request(op, near, mine, far, theirs, notify, handles, merge)
+        if not handles:
+            self._remember(local, near, remote, far, epoch, request)
+        return self._keep_request(request)
+
+    def _keep_request(self, request: Request) -> int:
+        handle = next(self._handles)
+        self.requests[handle] = request
+        return handle
+
+    def _remember(self, local: int, near: Places, remote: int, far: Places, epoch: int, like: Request) -> None:
+        """Have transfers of these two lists made natively from now on, where they go as this one does."""
+        lane = like.lane
+        if self.exports or (near.memory, far.memory) != (nixl_mem_t.DRAM_SEG,) * 2:
+            return
+        target = find_target(lane, like.prepared.routes[0], far.remote)
+        held, held_far = near.held[lane.handle], far.held[lane.handle]
+        if target is None or not _usable(held.regions) or not _usable(held_far.regions):
+            return
+        for handle, places, found, where in ((local, near, held, None), (remote, far, held_far, target)):
+            columns = places.addresses, places.lengths, places.strides, places.ends
+            agent = "" if where is None else self.name if places.remote is None else places.remote.name
+            way = Way(self, lane, found.regions, places.remote, agent)
+            self.sides[handle] = NativeSide(*columns, places.n, found.index, lane.handle, epoch, where, way)
 
     def _prepared(self, handle: int) -> Places:
         places = self.places.get(handle)
+        if places is None and (side := self.sides.get(handle)) is not None:
+            places = self.places[handle] = self._placed(side)
         if places is None:
             raise refusal(nixlInvalidParamError, f"{handle:#x} is no list of places; it may be released")
         return places
+
+    def _placed(self, side: NativeSide) -> Places:
+        """Make of places that were prepared natively what the rest needs."""
+        way: Way = side.way
+        if way.remote is not None and self.remotes.get(way.remote.name) is not way.remote:
+            raise refusal(nixlNotFoundError, f"agent {way.agent!r} was removed after the list was prepared; prepare another")
+        addresses, lengths, strides, ends, _ = (
+            None if one is None else np.frombuffer(one, np.int64) for one in side.columns()
+        )
+        assert addresses is not None
+        assert lengths is not None
+        counts = None if ends is None else np.diff(ends, prepend=0)
+        n = len(lengths) if ends is None else int(ends[-1])
+        places = Places(nixl_mem_t.DRAM_SEG, addresses, lengths, np.zeros_like(lengths), strides, counts, ends, n=n)
+        return self._located(way.agent, places, ())
 
     def create(
         self,
@@ -135,9 +220,12 @@ class Making(Owner):
             raise refusal(nixlInvalidParamError, f"{counts}; both sides need the same number")
         near, far = from_list(local), from_list(remote)
         _check_lengths(near.lengths, far.lengths)
+        epoch = self.gate.epoch
         far = self._located(agent, far, handles)
         near = self._located("", near, handles)
-        return self._request(op, near, None, far, None, notify, handles, False)
+        self._publish_ranges("", epoch)
+        self._publish_ranges(agent, epoch)
+        return self._keep_request(self._request(op, near, None, far, None, notify, handles, False))
 
     def _request(
         self,
@@ -149,7 +237,7 @@ class Making(Owner):
         notify: bytes,
         handles: Sequence[int],
         merge: bool,
-    ) -> int:
+    ) -> Request:
         lane = self._lane_of(near, far, handles)
         if notify and not lane.plugin.remote:
             raise refusal(nixlBackendError, f"backend {lane.plugin.name} carries no notifications")
@@ -176,9 +264,7 @@ class Making(Owner):
             raise translate(error) from error
         merged = merge and far.memory is not nixl_mem_t.OBJ_SEG
         n_descs = len(prepared.plan.lengths) if merged else n
-        handle = next(self._handles)
-        self.requests[handle] = Request(self, lane, op, prepared, far.remote, notify, n_descs)
-        return handle
+        return prepared_request(self, lane, write, prepared, far.remote, notify, n_descs)
 
     def _lane_of(self, near: Places, far: Places, handles: Sequence[int]) -> Lane:
         both = [lane for lane in self.chosen(handles) if lane.handle in near.held and lane.handle in far.held]
@@ -212,6 +298,7 @@ class Making(Owner):
         request = self.requests.get(handle)
         if request is None:
             raise refusal(nixlInvalidParamError, f"{handle:#x} is no transfer of agent {self.name!r}; it may be released")
+        request.adopt()
         return request
 
     def release_request(self, handle: int) -> None:
@@ -221,8 +308,9 @@ class Making(Owner):
 
     def release_places(self, handle: int) -> None:
         """Forget a list of places; transfers made of it stay."""
-        self._prepared(handle)
-        self.places.pop(handle, None)
+        known = (self.places.pop(handle, None), self.sides.pop(handle, None))
+        if known == (None, None):
+            raise refusal(nixlInvalidParamError, f"{handle:#x} is no list of places; it may be released")
 
     def estimate(self, handle: int) -> float | None:
         """Return how many seconds a transfer should take, `None` if nobody knows."""
@@ -231,6 +319,15 @@ class Making(Owner):
             raise refusal(nixlNotSupportedError, f"backend {request.lane.plugin.name} estimates no costs")
         predictions = request.lane.backends[request.prepared.routes[0]].predict(request.prepared.plan)
         return predictions[0].seconds if predictions else None
+
+
+def _usable(regions: Sequence[Any]) -> bool:
+    try:
+        for region in regions:
+            region.check_usable()
+    except NixlError:
+        return False
+    return not any(region.readonly for region in regions)
 
 
 def _check_lengths(here: Array, there: Array) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nixl_async.backend import Backend, load_backend
@@ -34,19 +34,19 @@ class Plugin:
     """Ours, the preferred first; those in `optional` may be absent."""
     optional: frozenset[str] = frozenset()
     remote: bool = False
-    options: Callable[[Mapping[str, str]], dict[str, Any]] = field(default=lambda params: {})
-    """Options of the first backend."""
+    used: frozenset[str] = frozenset()
+    """The parameters that have a counterpart here; the others are taken and change nothing."""
     store: Callable[[Mapping[str, str]], tuple[str, dict[str, Any]]] | None = None
     """The URL of the store that keys are in, and its options."""
 
-    def load(self, params: Mapping[str, str]) -> list[Backend]:
+    def load(self) -> list[Backend]:
         """Make our backends; what is optional and not here is left out."""
         found = []
         for name in self.backends:
             if name in DEVICE_BACKENDS and not device_count():
                 continue
             try:
-                found.append(load_backend(name, **(self.options(params) if name == self.backends[0] else {})))
+                found.append(load_backend(name))
             except NixlError as error:
                 if name not in self.optional:
                     raise
@@ -56,7 +56,7 @@ class Plugin:
     def usable(self) -> bool:
         """Tell whether what it cannot do without is installed."""
         try:
-            self.load({})
+            self.load()
         except NixlError as error:
             logger.debug("plugin %s cannot be used: %s", self.name, error)
             return False
@@ -119,14 +119,6 @@ def _azure(params: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     return f"az://{container}/", options
 
 
-def _threads(key: str) -> Callable[[Mapping[str, str]], dict[str, Any]]:
-    def options(params: Mapping[str, str]) -> dict[str, Any]:
-        wanted = int(params.get(key) or 0)
-        return {"n_threads": wanted} if wanted > 0 else {}
-
-    return options
-
-
 _GPU = frozenset({"samehost", "ucx", "cuda", "cuda_ipc"})
 PLUGINS = {
     plugin.name: plugin
@@ -136,6 +128,7 @@ PLUGINS = {
             (DRAM, OBJ),
             {"account_url": "", "container_name": "", "connection_string": "", "ca_bundle": ""},
             ("azure",),
+            used=frozenset({"account_url", "container_name", "connection_string", "ca_bundle"}),
             store=_azure,
         ),
         Plugin(
@@ -169,6 +162,20 @@ PLUGINS = {
                 "num_threads": "0",
             },
             ("s3",),
+            used=frozenset(
+                {
+                    "access_key",
+                    "secret_key",
+                    "session_token",
+                    "bucket",
+                    "endpoint_override",
+                    "scheme",
+                    "region",
+                    "use_virtual_addressing",
+                    "ca_bundle",
+                    "crtMinLimit",
+                }
+            ),
             store=_s3,
         ),
         Plugin(
@@ -193,6 +200,8 @@ PLUGINS = {
         ),
     )
 }
-"""In alphabetical order, as NIXL lists them. Parameters without a counterpart here are taken and change nothing."""
+"""In alphabetical order, as NIXL lists them. Parameters without a counterpart here are taken and change nothing, and the log names
+them: those that tune UCX (`ucx_devices`, `device_list`, `num_workers`, `num_threads`, `split_batch_size`, `engine_config`), because
+ways and threads are this library's to choose; the environment's UCX_* hold for its `ucx` backend."""
 EXCLUSIVE = frozenset({"GDS", "GDS_MT"})
 """Plugins of which an agent has one."""

@@ -36,7 +36,9 @@ class Found:
     index: Array | None
 
 
-class _Group:
+class Group:
+    """Registrations of one memory: `starts` and `ends`, in the order of the starts, and `regions`."""
+
     def __init__(self, ranges: list[Range]) -> None:
         ranges = sorted(ranges, key=lambda one: (one.address, one.nbytes))
         self.starts = np.array([one.address for one in ranges], np.int64)
@@ -44,6 +46,7 @@ class _Group:
         self.regions = tuple(one.region for one in ranges)
 
     def find(self, addresses: Array, lengths: Array) -> Array | None:
+        """Return the position of a registration that holds each place, `None` if one place lies in none."""
         if len(self.regions) == 1:
             inside = (addresses >= self.starts[0]) & (addresses <= self.ends[0]) & (lengths <= self.ends[0] - addresses)
             return np.zeros(len(addresses), np.int64) if bool(inside.all()) else None
@@ -71,7 +74,11 @@ class Ranges:
         groups: dict[tuple[nixl_mem_t, int], list[Range]] = {}
         for one in self.all:
             groups.setdefault((one.memory, _device(one.memory, one.device)), []).append(one)
-        self._groups = {key: _Group(found) for key, found in groups.items()}
+        self._groups = {key: Group(found) for key, found in groups.items()}
+
+    def of(self, memory: nixl_mem_t, device: int) -> Group | None:
+        """Return what is registered of that memory of a device."""
+        return self._groups.get((memory, _device(memory, device)))
 
     def find(self, memory: nixl_mem_t, addresses: Array, lengths: Array, devices: Array) -> Found | None:
         """Find a region for each place, `None` if one of them lies in no single registration."""

@@ -1,18 +1,23 @@
 """One transfer request: prepared once, posted any number of times, asked for its state.
 
-What the calling thread can copy by itself in a moment it copies in `post`; the rest goes to the engine's loop, and is waited for
-a moment. A caller who asks again and again is put to sleep between its questions, so that the loop gets the interpreter.
+What the calling thread can copy by itself in a moment it copies in `post`, natively where it has been done before; the rest goes to
+the engine's loop, and is waited for a moment. A caller who asks again and again is put to sleep between its questions, so that the
+loop gets the interpreter.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from nixl_async.backend import Backend, Op
+from nixl_async.compat import polled
 from nixl_async.compat.engine import ENGINE, Bell
-from nixl_async.compat.enums import nixl_status_t, nixl_xfer_op_t
+from nixl_async.compat.enums import nixl_status_t
 from nixl_async.compat.errors import (
     nixlNotFoundError,
     nixlNotPostedError,
@@ -22,19 +27,25 @@ from nixl_async.compat.errors import (
     translate,
 )
 from nixl_async.compat.log import get_logger
+from nixl_async.compat.polled import ACTIVE, COPYING, DONE, FAILED, HERE, NEW, Gate, Target
+from nixl_async.compat.ranges import compact
+from nixl_async.descriptors import Plan, Side
 from nixl_async.errors import NixlError
 from nixl_async.handle import PreparedTransfer, Transfer
 
 if TYPE_CHECKING:
     from nixl_async.compat.lane import Lane
+    from nixl_async.descriptors import Array
 
 logger = get_logger(__name__)
 
-DONE, ACTIVE = nixl_status_t.NIXL_SUCCESS, nixl_status_t.NIXL_IN_PROG
+SUCCESS, IN_PROGRESS = nixl_status_t.NIXL_SUCCESS, nixl_status_t.NIXL_IN_PROG
 AT_ONCE_NBYTES = 16 << 20
 """What the calling thread copies itself, as NIXL does; it would wait for it anyway."""
 ON_LOOP_NBYTES = 512 << 10
 """The same for a thread that runs an event loop: a twentieth of a millisecond's work."""
+AT_ONCE_SEGMENTS = 1024
+"""Segments up to which a transfer is posted natively."""
 THREAD_SAFE = frozenset({"memory", "samehost", "posix"})
 """Our backends whose `copy_now` any thread may call."""
 TASK_NBYTES = 64 << 10
@@ -54,12 +65,11 @@ class Owner(Protocol):
 
     name: str
     remotes: dict[str, Any]
+    gate: Gate
 
-    def begin(self) -> bool:
-        """Count one who copies; False while registrations change."""
-
-    def end(self) -> None:
-        """Count one who copies less."""
+    @property
+    def exports(self) -> bool:
+        """Whether each transfer is told of to others, who must be told by `completed`."""
 
     def spins(self, now: int) -> bool:
         """Tell whether somebody asks for many transfers without a pause."""
@@ -70,68 +80,113 @@ class Owner(Protocol):
     def notify_soon(self, lane: Lane, remote: Any, payload: bytes) -> None:
         """Send a notification."""
 
+    def completed(self, request: Request) -> None:
+        """Take note of a transfer that is done."""
 
-class Request:
-    """A transfer between one lane's registered places."""
+    def failed(self, error: NixlError) -> None:
+        """Count an error."""
 
-    def __init__(
-        self, core: Owner, lane: Lane, op: nixl_xfer_op_t, prepared: PreparedTransfer, remote: Any, notify: bytes, n_descs: int
-    ) -> None:
-        self.core, self.lane, self.op, self.remote, self.notify = core, lane, op, remote, notify
-        self.prepared = prepared
-        self.n_descs = n_descs
-        self.status: nixl_status_t | None = None
-        self.error: BaseException | None = None
-        self.started_us = 0
-        self._began_ns = self._posted_ns = self._ended_ns = 0
-        self._transfer: Transfer | asyncio.Task[Any] | None = None
-        self._asked_ns = 0
-        self._bell: Bell | None = None
+
+@dataclass(slots=True, eq=False)
+class Way:
+    """What natively made requests of a side have in common."""
+
+    core: Owner
+    lane: Lane
+    regions: tuple[Any, ...]
+    remote: Any = None
+    agent: str = ""
+    """Whose places they are, as the caller named it."""
+
+
+class Request(polled.Request):
+    """A transfer between one lane's registered places; made by `prepared_request`, or natively of two sides with ways."""
+
+    core: Owner = None  # type: ignore[assignment]
+    lane: Lane = None  # type: ignore[assignment]
+    remote: Any = None
+    error: BaseException | None = None
+    _prepared: PreparedTransfer | None = None
+    _posted_ns = 0
+    _asked_ns = 0
+    _transfer: Transfer | asyncio.Task[Any] | None = None
+    _bell: Bell | None = None
+    _regions: tuple[Any, ...] | None = None
+    _op: Op | None = None
+    _copier: Backend | None = None
+
+    def adopt(self) -> None:
+        """Make of what is native what the rest needs."""
+        if self._regions is not None:
+            return
+        if self.core is None:
+            way: Way = self.far.way
+            self.core, self.lane, self.remote = way.core, way.lane, way.remote
+        prepared = self.prepared
         plan = prepared.plan
-        self._regions = tuple(dict.fromkeys((*plan.src.regions, *plan.dst.regions)))
-        self._op: Op | None = None
-        self._copier: Backend | None = None
         if len(prepared.pieces) == 1 and plan.nbytes <= AT_ONCE_NBYTES:
-            copier = lane.backends.get(prepared.routes[0])
+            copier = self.lane.backends.get(prepared.routes[0])
             if copier is not None and copier.name in THREAD_SAFE:
                 peer = plan.dst.peer or plan.src.peer
                 self._copier, self._op = copier, Op(0, plan, peer, plan.dst.peer is not None)
+        self._regions = tuple(dict.fromkeys((*plan.src.regions, *plan.dst.regions)))
 
     @property
-    def nbytes(self) -> int:
-        """The bytes that it moves."""
-        return self.prepared.plan.nbytes
+    def prepared(self) -> PreparedTransfer:
+        """The transfer as the library takes it."""
+        if self._prepared is None:
+            near: Way = self.near.way
+            far: Way = self.far.way
+            here, there, lengths, index, far_index = (np.frombuffer(column, np.int64) for column in self.columns())
+            ours, theirs = _side(near, here, index), _side(far, there, far_index)
+            src, dst = (ours, theirs) if self.put else (theirs, ours)
+            plan = Plan(src, dst, lengths, self.nbytes, (self.nbytes,))
+            try:
+                self._prepared = far.lane.agent.prepare_plan(plan)
+            except NixlError as error:
+                raise translate(error) from error
+        return self._prepared
 
     # Posting.
 
     def post(self, notify: bytes) -> nixl_status_t:
         """Move the bytes, now or from now on."""
-        if self.status is ACTIVE:
+        if self.state in (ACTIVE, COPYING):
             raise refusal(nixlRepostActiveError, "the transfer is under way; wait for its end before posting it again")
+        self.adopt()
+        epoch = self.core.gate.epoch
         self._check()
         if notify:
             self.notify = notify
-        self._began_ns = time.perf_counter_ns()
+        self.began_ns = time.monotonic_ns()
         self.error = None
         try:
             if self._copy_now():
-                self._ended_ns = self._posted_ns = time.perf_counter_ns()
-                self.status = DONE
-                if self.notify:
-                    self.core.notify_soon(self.lane, self.remote, self.notify)
-                return DONE
+                self._arm(epoch)
+                return self.done_at_once()
         except NixlError as error:
             self._fail(error)
             raise self.error from error  # type: ignore[misc]
-        self.status = ACTIVE
+        self.state = ACTIVE
         if self._bell is None:
             self._bell = Bell()
         self._asked_ns = 0
         ENGINE.call(self._start)
         if self.nbytes <= LINGER_NBYTES:
             self._bell.wait(LINGER_SECONDS)
-        self._posted_ns = time.perf_counter_ns()
+        self._posted_ns = time.monotonic_ns()
         return self._answer()
+
+    def done_at_once(self) -> nixl_status_t:
+        """Take note that the calling thread has moved the bytes; send the notification."""
+        self.adopt()
+        self.ended_ns = self._posted_ns = time.monotonic_ns()
+        self.state = DONE
+        if self.core.exports:
+            self.core.completed(self)
+        if self.notify:
+            self.core.notify_soon(self.lane, self.remote, self.notify)
+        return SUCCESS
 
     def _check(self) -> None:
         if self.remote is not None and self.core.remotes.get(self.remote.name) is not self.remote:
@@ -140,7 +195,7 @@ class Request:
                 f"agent {self.remote.name!r} was removed after the transfer was made; add it and make another",
             )
         try:
-            for region in self._regions:
+            for region in self._regions or ():
                 region.check_usable()
         except NixlError as error:
             raise translate(error) from error
@@ -150,15 +205,26 @@ class Request:
             return False
         if self._op.plan.nbytes > ON_LOOP_NBYTES and asyncio._get_running_loop() is not None:
             return False
-        if not self.core.begin():
+        gate = self.core.gate
+        if not gate.enter():
             return False
         try:
             return self._copier.copy_now(self._op) is True
         finally:
-            self.core.end()
+            gate.leave()
+
+    def _arm(self, epoch: int) -> None:
+        """Let it be posted natively until something changes."""
+        plan = self.prepared.plan
+        if self.core.exports or not 0 < len(plan.lengths) <= AT_ONCE_SEGMENTS:
+            return
+        target = find_target(self.lane, self.prepared.routes[0], self.remote)
+        if target is not None:
+            here, there = (plan.src, plan.dst) if self.put else (plan.dst, plan.src)
+            self.arm(self.core.gate, target, epoch, here.addresses, there.addresses, plan.lengths)
 
     def _start(self) -> None:
-        if self.status is not ACTIVE:
+        if self.state != ACTIVE:
             return
         # To ourselves it is delivered here; the library would send it too, but has nobody to send it to where no peer is.
         notify = self.notify if self.notify and self.remote is not None else None
@@ -183,20 +249,25 @@ class Request:
         if error is not None:
             self._fail(error)
             return
-        self._ended_ns = time.perf_counter_ns()
+        self.ended_ns = time.monotonic_ns()
         if self.notify and self.remote is None:
             self.core.deliver(self.core.name, self.notify)
-        self.status = DONE
+        self.state = DONE
+        if self.core.exports:
+            self.core.completed(self)
         self._ring()
 
     def _fail(self, error: BaseException) -> None:
-        self._ended_ns = time.perf_counter_ns()
+        self.ended_ns = time.monotonic_ns()
         made = translate(error)
         if not isinstance(made, NixlError):
             made = refusal(nixlUnknownError, f"{type(error).__name__}: {error}")
             made.__cause__ = error
         self.error = made
-        self.status = nixl_status_t.NIXL_ERR_UNKNOWN
+        # Memory may be quarantined: whoever uses the same is to look again.
+        self.core.gate.bump()
+        self.core.failed(made)
+        self.state = FAILED
         self._ring()
 
     def _ring(self) -> None:
@@ -207,14 +278,16 @@ class Request:
 
     def check(self) -> nixl_status_t:
         """Return the state of the last posting, or raise its error."""
-        status = self.status
-        if status is DONE:
-            return status
-        if status is None:
+        state = self.state
+        if state == DONE:
+            return SUCCESS
+        if state == NEW:
             raise refusal(nixlNotPostedError, "the transfer was not posted yet")
+        if state == COPYING:
+            return IN_PROGRESS
         if self.remote is not None and self.core.remotes.get(self.remote.name) is not self.remote:
             raise refusal(nixlNotFoundError, f"agent {self.remote.name!r} was removed while the transfer was under way")
-        if status is ACTIVE and self._bell is not None:
+        if state == ACTIVE and self._bell is not None:
             now = time.perf_counter_ns()
             if now - self._asked_ns < ASK_NS or self.core.spins(now):
                 self._bell.wait(NAP_SECONDS)
@@ -226,42 +299,82 @@ class Request:
         if self.error is not None:
             # The same object each time would collect the tracebacks of all who ask.
             raise _again(self.error)
-        return DONE if self.status is DONE else ACTIVE
+        return SUCCESS if self.state == DONE else IN_PROGRESS
 
     def times(self) -> tuple[int, int, int]:
         """Return when the last posting began (microseconds since 1970), how long it took, and how long the transfer did."""
-        if self.status is None:
+        if self.state == NEW:
             raise refusal(nixlNotPostedError, "the transfer was not posted yet")
-        now = time.perf_counter_ns()
-        ended = self._ended_ns if self.status is not ACTIVE else now
-        start = time.time_ns() - (now - self._began_ns)
-        post = max(1, (self._posted_ns - self._began_ns) // 1000)
-        return start // 1000, post, max(post, (ended - self._began_ns) // 1000)
+        now = time.monotonic_ns()
+        ended = now if self.state in (ACTIVE, COPYING) else self.ended_ns
+        # Posted natively, it was done when the post was.
+        posted = self._posted_ns if self._posted_ns >= self.began_ns else ended
+        start = time.time_ns() - (now - self.began_ns)
+        post = max(1, (posted - self.began_ns) // 1000)
+        return start // 1000, post, max(post, (ended - self.began_ns) // 1000)
 
     # Ending.
 
     def release(self) -> None:
         """Cancel what is under way, and return when no byte moves any more; on the loop's own thread, without waiting."""
-        if self.status is not ACTIVE:
+        if self.state == COPYING:
+            self.core.gate.close()
+            self.core.gate.open()
+        if self.state != ACTIVE:
             return
         if ENGINE.inside():
             self._cancel()
             return
         ENGINE.call(self._cancel)
         end = time.monotonic() + QUIET_SECONDS
-        while self.status is ACTIVE and self._bell is not None:
+        while self.state == ACTIVE and self._bell is not None:
             self._bell.wait(0.01)
             if time.monotonic() > end:
                 raise refusal(
                     nixlRepostActiveError, f"the transfer is not quiet {QUIET_SECONDS:g} s after it was cancelled; try again"
                 )
 
+    def cancel(self) -> None:
+        """Cancel what is under way, on the loop."""
+        if self.state == ACTIVE:
+            self._cancel()
+
     def _cancel(self) -> None:
         if self._transfer is not None:
             self._transfer.cancel()
-        elif self.status is ACTIVE:
+        elif self.state == ACTIVE:
             # It was posted and the loop has not begun with it.
             self._fail(asyncio.CancelledError())
+
+
+def prepared_request(
+    core: Owner, lane: Lane, put: bool, prepared: PreparedTransfer, remote: Any, notify: bytes, n_descs: int
+) -> Request:
+    """Make a request of what is prepared."""
+    request = Request()
+    request.core, request.lane, request.remote = core, lane, remote
+    request._prepared = prepared
+    request.put, request.nbytes, request.n_descs = put, prepared.plan.nbytes, n_descs
+    request.notify = notify or None
+    return request
+
+
+def _side(way: Way, addresses: Array, index: Array) -> Side:
+    if len(way.regions) == 1:
+        return Side(way.regions, addresses)
+    # Only those that are used may have been deregistered since.
+    found = compact(way.regions, index)
+    return Side(found.regions, addresses, found.index)
+
+
+def find_target(lane: Lane, route: str, remote: Any) -> Target | None:
+    """Return the process that our backend `route` copies to or from on the caller's thread; `None` where it does not."""
+    if remote is None:
+        return HERE if route == "memory" else None
+    if route not in remote.targets:
+        remote.targets[route] = lane.target(route, remote.name)
+    found: Target | None = remote.targets[route]
+    return found
 
 
 def _again(error: BaseException) -> BaseException:

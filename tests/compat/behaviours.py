@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -510,6 +511,62 @@ def wrong_transfers_are_refused():
 
 
 @behaviour
+def what_was_right_once_is_still_checked():
+    pair = Pair()
+    places = [pair.places(memory, range(0, 8192, 1024), 1024) for memory in (pair.ours, pair.theirs)]
+    odd = pair.near.prep_xfer_dlist(pair.name, pair.places(pair.theirs, [0], 512), "DRAM")
+    for _ in range(3):
+        near, far = pair.near.prep_xfer_dlist("", places[0], "DRAM"), pair.near.prep_xfer_dlist(pair.name, places[1], "DRAM")
+        for order in ([7, 0, 3], np.array([7, 0, 3]), np.array([7, 0, 3], np.int32)):
+            pair.theirs[:] = 0
+            wait(pair.near, pair.near.make_prepped_xfer("WRITE", near, order, far, order))
+            for i in range(8):
+                expected = pair.ours[i * 1024 : i * 1024 + 1024] if i in (0, 3, 7) else np.zeros(1024, np.uint8)
+                assert (pair.theirs[i * 1024 : i * 1024 + 1024] == expected).all()
+        for arguments in (
+            ("WRITE", near, [8], far, [0]),
+            ("WRITE", near, [0], far, [-1]),
+            ("WRITE", near, [0], far, [0, 1]),
+            ("WRITE", near, np.array([], np.int64), far, np.array([], np.int64)),
+            ("WRITE", near, [0], odd, [0]),
+            ("WRITE", far, [0], near, [0]),
+        ):
+            with raises(bindings.nixlInvalidParamError):
+                pair.near.make_prepped_xfer(*arguments)
+        for wrong in ((pair.ours.ctypes.data + NBYTES - 512, 1024, 0), (16, 1024, 0)):
+            with raises(bindings.nixlNotFoundError):
+                pair.near.prep_xfer_dlist("", [*places[0], wrong], "DRAM")
+        with raises(bindings.nixlNotFoundError):
+            pair.near.prep_xfer_dlist(
+                "", np.array([(pair.ours.ctypes.data, 1024, 0, 1024, NBYTES // 1024 + 1)], np.uint64), "DRAM"
+            )
+
+
+@behaviour
+def places_in_many_registrations():
+    near, far = make("manynear"), make("manyfar")
+    sides = []
+    for agent in (near, far):
+        memories = [np.random.default_rng(i).integers(0, 255, 65536, np.uint8) for i in range(20)]
+        agent.register_memory([(memory.ctypes.data, 65536, 0, "") for memory in memories], "DRAM")
+        sides.append(memories)
+    near.add_remote_agent(far.get_agent_metadata())
+    for _ in range(3):
+        lists = [
+            [(memory.ctypes.data + offset, 8192, 0) for memory in memories for offset in range(0, 65536, 8192)]
+            for memories in sides
+        ]
+        here, there = near.prep_xfer_dlist("", lists[0], "DRAM"), near.prep_xfer_dlist("manyfar", lists[1], "DRAM")
+        mine, theirs = np.random.default_rng(1).permutation(160)[:100], np.random.default_rng(2).permutation(160)[:100]
+        expected = np.concatenate(sides[1]).reshape(160, 8192)
+        expected[theirs] = np.concatenate(sides[0]).reshape(160, 8192)[mine]
+        wait(near, near.make_prepped_xfer("WRITE", here, mine, there, theirs))
+        assert (np.concatenate(sides[1]).reshape(160, 8192) == expected).all()
+        for memory in sides[0]:
+            memory += 1
+
+
+@behaviour
 def handles_that_nobody_holds_are_released():
     pair = Pair()
     for _ in range(100):
@@ -608,6 +665,64 @@ def telemetry_is_off_by_default():
         pair.near.get_xfer_telemetry(handle)
 
 
+@contextmanager
+def variables(**given):
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name in given:
+            del os.environ[name]
+
+
+def ring(path):
+    """Return the events in a telemetry file, as (number, value)."""
+    with open(path, "rb") as file:
+        raw = file.read()
+    written, read, version, again, capacity, mask = struct.unpack_from("@QQiiQQ", raw)
+    assert (version, again, mask) == (4, 4, capacity - 1)
+    assert len(raw) >= 40 + 16 * capacity
+    return [struct.unpack_from("@I4xQ", raw, 40 + 16 * (at & mask)) for at in range(read, written)]
+
+
+@behaviour
+def telemetry_goes_to_a_file():
+    with tempfile.TemporaryDirectory() as directory:
+        with variables(NIXL_TELEMETRY_ENABLE="y", NIXL_TELEMETRY_DIR=directory, NIXL_TELEMETRY_BUFFER_SIZE="256"):
+            pair = Pair()
+        wait(pair.near, pair.handle("WRITE", (0, 8192), 64))
+        wait(pair.near, pair.handle("READ", (0,), 4096))
+        again = pair.handle("WRITE", (0,), 512)
+        for _ in range(3):
+            wait(pair.near, again)
+        with raises(bindings.nixlNotFoundError):
+            pair.near.initialize_xfer("READ", *pair.descs((0,), 64), "nobody")
+        pair.near.deregister_memory(pair.mine)
+        path = os.path.join(directory, pair.near.name)
+        until(lambda: any(kind == 5 for kind, _ in ring(path)))
+        events = ring(path)
+        moved = sorted((kind, value) for kind, value in events if kind < 6)
+        sent, received = [(0, 128), *[(0, 512)] * 3], [(1, 4096)]
+        assert moved == sorted([*sent, *received, *[(2, 1)] * 4, (3, 1), (4, NBYTES), (5, NBYTES)]), moved
+        times = {kind: [value for event, value in events if event == kind] for kind in (6, 7)}
+        assert [len(found) for found in times.values()] == [5, 5]
+        assert (11, 1) in events
+
+
+@behaviour
+def only_some_telemetry_is_wanted():
+    with tempfile.TemporaryDirectory() as directory:
+        wanted = "agent_tx_*, agent_memory_deregistered"
+        with variables(NIXL_TELEMETRY_ENABLE="y", NIXL_TELEMETRY_DIR=directory, NIXL_TELEMETRY_ENABLED_METRICS=wanted):
+            pair = Pair()
+            wait(pair.near, pair.handle("WRITE", (0,), 64))
+            wait(pair.near, pair.handle("READ", (0,), 64))
+            pair.near.deregister_memory(pair.mine)
+            path = os.path.join(directory, pair.near.name)
+            until(lambda: any(kind == 5 for kind, _ in ring(path)))
+        assert sorted(ring(path)) == [(0, 64), (2, 1), (5, NBYTES)]
+
+
 @behaviour
 def a_cost_is_estimated():
     pair = Pair()
@@ -633,6 +748,38 @@ def notifications_are_taken_or_kept():
     assert until(pair.far.get_new_notifs) == {pair.far.name: [b"to myself"]}
     with raises(bindings.nixlNotFoundError):
         pair.far.send_notif(pair.near.name, b"its metadata was not loaded")
+
+
+@behaviour
+def agents_that_load_each_other_at_once_lose_nothing():
+    for round_ in range(10):
+        agents = [make(f"{side}-{round_}") for side in ("left", "right")]
+        blobs = [agent.get_agent_metadata() for agent in agents]
+        barrier, failed = threading.Barrier(2), []
+
+        def meet(mine, agents=agents, blobs=blobs, barrier=barrier, failed=failed):
+            try:
+                barrier.wait()
+                name = agents[mine].add_remote_agent(blobs[1 - mine])
+                for i in range(5):
+                    agents[mine].send_notif(name, f"{i}")
+            except BaseException:
+                failed.append(traceback.format_exc())
+
+        threads = [threading.Thread(target=meet, args=(mine,)) for mine in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed[0]
+        for mine in (0, 1):
+            got = []
+            until(
+                lambda mine=mine, got=got, agents=agents: (
+                    got.extend(agents[mine].get_new_notifs().get(agents[1 - mine].name, [])) or len(got) == 5
+                )
+            )
+            assert got == [b"0", b"1", b"2", b"3", b"4"], got
 
 
 @behaviour

@@ -7,16 +7,22 @@ import gc
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import behaviours as shared
 import numpy as np
 from behaviours import NBYTES, Pair, make, raises, until, wait
+
+from nixl_async import NixlError
 
 WORKER = Path(__file__).parents[1] / "nixl_worker.py"
 BEHAVIOURS = shared.BEHAVIOURS
@@ -47,8 +53,6 @@ def a_released_handle_raises():
 
 @shared.behaviour
 def an_error_says_what_is_wrong_in_a_note():
-    from nixl_async import NixlError
-
     pair = Pair()
     try:
         pair.near.initialize_xfer("READ", *pair.descs((0,), 64), "nobody")
@@ -57,7 +61,7 @@ def an_error_says_what_is_wrong_in_a_note():
     assert text == "NIXL_ERR_NOT_FOUND"
     assert "'nobody'" in notes[0]
     assert pair.name in notes[0]
-    kinds = [one for name, one in vars(shared.bindings).items() if name.endswith("Error")]
+    kinds = [one for name, one in vars(shared.bindings).items() if name.startswith("nixl") and name.endswith("Error")]
     assert len(kinds) == 12
     assert all(issubclass(kind, NixlError) for kind in kinds)
 
@@ -140,6 +144,181 @@ def memory_is_deregistered_while_others_copy():
 
 
 @shared.behaviour
+def memory_is_left_alone_from_when_its_owner_has_deregistered_it():
+    for nbytes in (4096, 256 << 10):
+        pair = Pair()
+        handle = pair.handle("WRITE", (0,), nbytes)
+        wait(pair.near, handle)
+        refused, started = [], threading.Event()
+
+        def post(pair=pair, handle=handle, refused=refused, started=started):
+            try:
+                while True:
+                    wait(pair.near, handle)
+                    started.set()
+            except shared.bindings.nixlNotFoundError:
+                refused.append(True)
+
+        thread = threading.Thread(target=post)
+        thread.start()
+        assert started.wait(10)
+        pair.far.deregister_memory(pair.other)
+        pair.theirs[:] = 77
+        thread.join(10)
+        assert refused
+        assert (pair.theirs == 77).all()
+        with raises(shared.bindings.nixlNotFoundError):
+            pair.near.transfer(handle)
+
+
+@shared.behaviour
+def a_transfer_that_another_thread_copies_is_released_when_it_is_done():
+    pair = Pair()
+
+    def post(handle):
+        # It may come too late, and then is told so.
+        with suppress(shared.bindings.nixlInvalidParamError):
+            pair.near.agent.postXferReq(handle)
+
+    for _ in range(50):
+        handle = pair.handle("WRITE", (0,), NBYTES)
+        wait(pair.near, handle)
+        thread = threading.Thread(target=post, args=(handle._handle,))
+        thread.start()
+        handle.release()
+        pair.theirs[:] = 5
+        thread.join()
+        assert (pair.theirs == 5).all(), "bytes moved after the release"
+
+
+@shared.behaviour
+def lists_that_were_prepared_serve_files_too():
+    pair = Pair()
+    pair.near.create_backend("POSIX")
+    again = pair.near.register_memory(pair.places(pair.ours, [0], NBYTES, ""), "DRAM")
+    places = pair.places(pair.ours, range(0, 65536, 4096), 4096)
+    far = pair.near.prep_xfer_dlist(pair.name, pair.places(pair.theirs, range(0, 65536, 4096), 4096), "DRAM")
+    order = list(range(16))
+    with tempfile.TemporaryFile() as file:
+        file.truncate(65536)
+        pair.near.register_memory([(0, 65536, file.fileno(), "")], "FILE")
+        for _ in range(3):
+            near = pair.near.prep_xfer_dlist("", places, "DRAM")
+            wait(pair.near, pair.near.make_prepped_xfer("WRITE", near, order, far, order))
+            assert (pair.theirs[:65536] == pair.ours[:65536]).all()
+            blocks = pair.near.prep_xfer_dlist(pair.near.name, [(i * 4096, 4096, file.fileno()) for i in order], "FILE")
+            wait(pair.near, pair.near.make_prepped_xfer("WRITE", near, order, blocks, order))
+            assert os.pread(file.fileno(), 65536, 0) == pair.ours[:65536].tobytes()
+            pair.ours += 1
+    pair.near.deregister_memory(again)
+
+
+@shared.behaviour
+def a_list_of_a_removed_agent_serves_nothing():
+    pair = Pair()
+    places = [pair.places(memory, [0], 1024) for memory in (pair.ours, pair.theirs)]
+    for _ in range(2):
+        near, far = pair.near.prep_xfer_dlist("", places[0], "DRAM"), pair.near.prep_xfer_dlist(pair.name, places[1], "DRAM")
+        wait(pair.near, pair.near.make_prepped_xfer("WRITE", near, [0], far, [0]))
+    late = pair.near.prep_xfer_dlist(pair.name, places[1], "DRAM")
+    pair.near.remove_remote_agent(pair.name)
+    with raises(shared.bindings.nixlNotFoundError):
+        pair.near.prep_xfer_dlist(pair.name, places[1], "DRAM")
+    pair.near.add_remote_agent(pair.far.get_agent_metadata())
+    for old in (far, late):
+        with raises(shared.bindings.nixlNotFoundError):
+            wait(pair.near, pair.near.make_prepped_xfer("WRITE", near, [0], old, [0]))
+
+
+def slow_calls(agent):
+    """Return the list of what is not done natively from now on."""
+    low, seen = agent.agent, []
+    for name in ("_prepare", "_make", "_create", "_post", "_status", "_release"):
+        real = getattr(low, name)
+
+        def slowly(*arguments, name=name, real=real, **named):
+            seen.append(name)
+            return real(*arguments, **named)
+
+        setattr(low, name, slowly)
+    return seen
+
+
+@shared.behaviour
+def what_is_repeated_is_done_natively():
+    order = np.arange(16)
+    with another(fill=7) as peer:
+        pair, far = Pair(), make("nativefar")
+        memory = np.zeros(NBYTES, np.uint8)
+        far.register_memory([(memory.ctypes.data, NBYTES, 0, "")], "DRAM")
+        far.add_remote_agent(peer.metadata)
+        beside = "NIXL_PYTHON" in os.environ
+        cases = [(pair.near, pair.name, pair.ours, pair.theirs.ctypes.data), (pair.near, pair.near.name, pair.ours, None)]
+        for agent, name, ours, address in cases if beside else [*cases, (far, "peer", memory, peer.address)]:
+            places = [
+                [(base + i * 1024, 1024, 0) for i in range(16)]
+                for base in (ours.ctypes.data, ours.ctypes.data + 65536 if address is None else address)
+            ]
+
+            def move(agent=agent, name=name, places=places):
+                near, there = agent.prep_xfer_dlist("", places[0], "DRAM"), agent.prep_xfer_dlist(name, places[1], "DRAM")
+                handle = agent.make_prepped_xfer("WRITE", near, order, there, order)
+                for _ in range(3):
+                    wait(agent, handle)
+                    assert agent.check_xfer_state(handle) == "DONE"
+                agent.release_xfer_handle(handle)
+                lists = [agent.get_xfer_descs(side, "DRAM") for side in places]
+                wait(agent, agent.initialize_xfer("READ", *lists, name))
+
+            move()
+            seen = slow_calls(agent)
+            move()
+            assert seen == [], seen
+            # Something changes: everything is looked at once more.
+            agent.register_memory([(ours.ctypes.data, 4096, 0, "")], "DRAM")
+            move()
+            assert seen, "nobody looked again"
+            seen.clear()
+            move()
+            assert seen == [], seen
+
+
+@shared.behaviour
+def nothing_is_left_of_what_is_released():
+    pair = Pair()
+    places = [pair.places(memory, range(0, 65536, 1024), 1024) for memory in (pair.ours, pair.theirs)]
+    order = np.arange(64)
+    core = pair.near.agent._core
+    before = [len(one) for one in (core.requests, core.places, core.sides)]
+    for _ in range(2000):
+        near, far = pair.near.prep_xfer_dlist("", places[0], "DRAM"), pair.near.prep_xfer_dlist(pair.name, places[1], "DRAM")
+        handle = pair.near.make_prepped_xfer("WRITE", near, order, far, order)
+        wait(pair.near, handle)
+        for one in (handle, near, far):
+            one.release()
+    assert [len(one) for one in (core.requests, core.places, core.sides)] == before
+
+
+@shared.behaviour
+def memory_is_taken_back_while_its_reader_forgets_its_owner():
+    near, far = make("forgetful"), make("owner")
+    ours, theirs = np.zeros(4096, np.uint8), np.full(4096, 8, np.uint8)
+    near.register_memory([(ours.ctypes.data, 4096, 0, "")], "DRAM")
+    sides = [near.get_xfer_descs([(one.ctypes.data, 4096, 0)], "DRAM") for one in (ours, theirs)]
+    for _ in range(300):
+        registered = far.register_memory([(theirs.ctypes.data, 4096, 0, "")], "DRAM")
+        near.add_remote_agent(far.get_agent_metadata())
+        wait(near, near.initialize_xfer("READ", *sides, "owner"))
+        forgetting = threading.Thread(target=near.remove_remote_agent, args=("owner",))
+        forgetting.start()
+        began = time.monotonic()
+        far.deregister_memory(registered)
+        forgetting.join()
+        assert time.monotonic() - began < 4, "the owner waits for who has forgotten it"
+    assert (ours == 8).all()
+
+
+@shared.behaviour
 def the_thread_ends_with_the_last_agent():
     # Those of the behaviours before this one are to go first.
     until(lambda: gc.collect() >= 0 and not named("nixl-compat"))
@@ -194,12 +373,39 @@ def who_has_no_metadata_cannot_connect():
 
 
 @shared.behaviour
-def a_central_store_is_refused_clearly():
-    agent = make("central")
-    os.environ["NIXL_ETCD_ENDPOINTS"] = "http://127.0.0.1:2379"
+def an_empty_token_in_the_environment_is_none():
+    os.environ["NIXL_ASYNC_TOKEN"] = ""
     try:
+        near, far = make("tokenless"), make("alike")
+        assert near.add_remote_agent(far.get_agent_metadata()) == b"alike"
+    finally:
+        del os.environ["NIXL_ASYNC_TOKEN"]
+
+
+@shared.behaviour
+def a_store_that_is_not_known_is_refused_clearly():
+    os.environ["NIXL_TCPSTORE_ENDPOINT"] = "127.0.0.1:29500"
+    try:
+        agent = make("central")
         with raises(shared.bindings.nixlNotSupportedError):
             agent.send_local_metadata()
+    finally:
+        del os.environ["NIXL_TCPSTORE_ENDPOINT"]
+
+
+@shared.behaviour
+def an_etcd_that_does_not_answer_is_no_obstacle():
+    os.environ["NIXL_ETCD_ENDPOINTS"] = f"http://127.0.0.1:{shared.free_port()}"
+    try:
+        pair = Pair()
+        pair.near.send_local_metadata()
+        pair.near.fetch_remote_metadata("nobody")
+        pair.near.invalidate_local_metadata()
+        wait(pair.near, pair.handle())
+        assert not pair.near.check_remote_metadata("nobody")
+        os.environ["NIXL_ETCD_ENDPOINTS"] = "no://url"
+        with raises(NixlError, "no://url"):
+            make("misled")
     finally:
         del os.environ["NIXL_ETCD_ENDPOINTS"]
 
@@ -219,6 +425,105 @@ def the_environment_decides_about_telemetry():
     assert on.near.get_xfer_telemetry(handles[0]).totalBytes == 4096
     with raises(shared.bindings.nixlNoTelemetryError):
         off.near.get_xfer_telemetry(handles[1])
+
+
+@shared.behaviour
+def a_ring_that_is_full_takes_no_more_and_settings_are_checked():
+    with tempfile.TemporaryDirectory() as directory:
+        on = {"NIXL_TELEMETRY_ENABLE": "y", "NIXL_TELEMETRY_DIR": directory}
+        with shared.variables(**on, NIXL_TELEMETRY_BUFFER_SIZE="8", NIXL_TELEMETRY_RUN_INTERVAL="1"):
+            pair = Pair()
+        handle = pair.handle()
+        for _ in range(20):
+            wait(pair.near, handle)
+        path = os.path.join(directory, pair.near.name)
+        until(lambda: len(shared.ring(path)) == 7)
+        wait(pair.near, handle)
+        pair.near.deregister_memory(pair.mine)
+        assert len(shared.ring(path)) == 7
+        for wrong in (
+            {"NIXL_TELEMETRY_BUFFER_SIZE": "7"},
+            {"NIXL_TELEMETRY_BUFFER_SIZE": "0"},
+            {"NIXL_TELEMETRY_RUN_INTERVAL": "often"},
+            {"NIXL_TELEMETRY_DIR": directory + "/absent"},
+            {"NIXL_TELEMETRY_ENABLE": "perhaps"},
+        ):
+            with shared.variables(**on | wrong), raises(NixlError):
+                make("misled")
+        with shared.variables(NIXL_TELEMETRY_ENABLE="y", NIXL_TELEMETRY_EXPORTER="doca"):
+            pair = Pair()
+        handle = pair.handle()
+        wait(pair.near, handle)
+        assert pair.near.get_xfer_telemetry(handle).totalBytes == 4096
+
+
+@shared.behaviour
+def what_there_is_no_room_for_is_counted():
+    from nixl_async.compat.engine import ENGINE
+    from nixl_async.compat.telemetry import DROPPED, TX_BYTES, Telemetry
+
+    class Kept:
+        def __init__(self):
+            self.events = []
+
+        async def open(self):
+            pass
+
+        def export(self, events):
+            self.events += events
+
+        async def aclose(self):
+            pass
+
+    agent = make("engine", backends=[])
+    kept = Kept()
+    with shared.variables(NIXL_TELEMETRY_BUFFER_SIZE="10", NIXL_TELEMETRY_RUN_INTERVAL="3600000"):
+        telemetry = Telemetry(kept)
+    for i in range(4):
+        telemetry.add(*[(TX_BYTES, i)] * 4)
+    ENGINE.run(telemetry.aclose())
+    assert kept.events == [(TX_BYTES, 0)] * 4 + [(TX_BYTES, 1)] * 4 + [(DROPPED, 8)]
+    del agent
+
+
+@shared.behaviour
+def telemetry_is_served_to_prometheus():
+    port = shared.free_port()
+    settings = {"EXPORTER": "prometheus", "PROMETHEUS_PORT": str(port), "PROMETHEUS_LOCAL": "yes", "RUN_INTERVAL": "1"}
+    with shared.variables(NIXL_TELEMETRY_ENABLE="y", **{f"NIXL_TELEMETRY_{name}": value for name, value in settings.items()}):
+        pair = Pair()
+        handle = pair.handle("WRITE", (0,), 4096)
+        for _ in range(3):
+            wait(pair.near, handle)
+
+        def page():
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                lines = answer.read().decode().splitlines()
+            return {line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in lines if not line.startswith("#")}
+
+        labels = f'hostname="{socket.gethostname()}",agent_name="{pair.near.name}"'
+        until(lambda: page()[f"agent_tx_bytes_total{{{labels}}}"] == "12288")
+        found = page()
+        assert found[f"agent_tx_requests_num_total{{{labels}}}"] == "3"
+        assert found[f"agent_memory_registered_last_bytes{{{labels}}}"] == str(NBYTES)
+        assert (
+            found[f'agent_xfer_time_us_bucket{{{labels},le="+Inf"}}'] == found[f"agent_xfer_time_us_count{{{labels}}}"] == "3"
+        )
+        assert found[f'agent_errors_total{{{labels},status="not_found"}}'] == "0"
+        assert sum(pair.far.name in name for name in found) == sum(pair.near.name in name for name in found)
+        with raises(urllib.error.HTTPError, "404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+        del pair, handle
+        gc.collect()
+        with raises(urllib.error.URLError):
+            page()
+        # Where another one has the port, agents work all the same.
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+            pair = Pair()
+            wait(pair.near, pair.handle())
 
 
 # With another process.

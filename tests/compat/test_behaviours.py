@@ -34,18 +34,17 @@ def names(file: str) -> list[str]:
     ]
 
 
-def run(file: str, *chosen: str, python: str = sys.executable, **variables: str) -> dict[str, str]:
+def run(file: str, *chosen: str, python: str = sys.executable, fds: tuple[int, ...] = (), **variables: str) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    ran = subprocess.run(
-        [python, str(HERE / file), *chosen], capture_output=True, text=True, check=False, timeout=110, env=environment
-    )
+    command = [python, str(HERE / file), *chosen]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110, env=environment, pass_fds=fds)
     assert ran.returncode == 0, ran.stderr
     results: dict[str, str] = json.loads(ran.stdout)
     return results
 
 
-def dropin(file: str, *chosen: str, **variables: str) -> dict[str, str]:
-    return run(file, *chosen, PYTHONPATH=nixl_async.compat.path(), **variables)
+def dropin(file: str, *chosen: str, fds: tuple[int, ...] = (), **variables: str) -> dict[str, str]:
+    return run(file, *chosen, fds=fds, PYTHONPATH=nixl_async.compat.path(), **variables)
 
 
 @pytest.fixture(scope="module")

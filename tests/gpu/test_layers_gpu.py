@@ -56,7 +56,7 @@ async def test_a_layer_goes_when_its_stream_has_computed_it(push: bool, to_devic
         ):
             near, far = await producer.register(source, name="kv"), await consumer.register(target, name="kv")
             await connect(producer, consumer)
-            src, dst = (near, producer.peer("c").region("kv")) if push else (consumer.peer("p").region("kv"), far)
+            src, dst = (near, producer.peers["c"].region("kv")) if push else (consumer.peers["p"].region("kv"), far)
             cuts = [slice(at, at + LAYER_NBYTES) for at in range(0, LAYERS * LAYER_NBYTES, LAYER_NBYTES)]
             plan = LayerPlan("r", [(src[cut], dst[cut]) for cut in cuts])
             order: list[int] = []

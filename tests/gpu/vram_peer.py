@@ -52,7 +52,7 @@ async def _serve(setup: dict[str, Any]) -> None:
                             memory: Any = cupy.asnumpy(vram) if order["of"] == "vram" else dram
                             _say(digest=hashlib.sha256(memory).hexdigest())
                         case "transfer":
-                            ours, theirs = regions[order["ours"]], agent.peer(order["peer"]).region(order["theirs"])
+                            ours, theirs = regions[order["ours"]], agent.peers[order["peer"]].region(order["theirs"])
                             sides = (ours, theirs) if order["put"] else (theirs, ours)
                             result = await agent.transfer(*sides, backend=order.get("backend"))
                             _say(nbytes=result.nbytes, route=result.route)

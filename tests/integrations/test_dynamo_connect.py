@@ -28,7 +28,7 @@ from nixl_async import (
 )
 from nixl_async.integrations import dynamo_connect as nixl_connect
 from nixl_async.integrations.dynamo_connect import Connector, Descriptor, Device, DeviceKind, OperationKind, OperationStatus
-from nixl_async.integrations.dynamo_endpoint import read_metadata
+from nixl_async.integrations.dynamo_connect.endpoint import read_metadata
 from nixl_async.testing import pattern
 from tests.agents import ROOT
 
@@ -259,7 +259,7 @@ CHILD = """
 import asyncio, json, sys
 from nixl_async import Agent
 from nixl_async.integrations.dynamo_connect import Connector, Descriptor, RdmaMetadata
-from nixl_async.integrations.dynamo_endpoint import read_metadata
+from nixl_async.integrations.dynamo_connect.endpoint import read_metadata
 
 async def begin_and_never_end(metadata):
     known = read_metadata(metadata.nixl_metadata)

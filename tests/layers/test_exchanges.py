@@ -134,7 +134,7 @@ async def test_a_push_and_a_pull_of_one_name_are_two_things() -> None:
         room = await on.consumer.register(np.zeros(on.near.nbytes, np.uint8))
         async with on.producer.offer("c", "r", 1) as offer:
             offer.ready(0)
-            plan = LayerPlan("r", [(on.consumer.peer("p").region("kv"), room)])
+            plan = LayerPlan("r", [(on.consumer.peers["p"].region("kv"), room)])
             assert [one async for one in on.consumer.pull("p", plan)] == [0]
         assert incoming.arrived == ()
         push.ready(0, 1)

@@ -18,7 +18,7 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, Tensor
 from lmcache.v1.platform import consume_fd
 
 from nixl_async.integrations.lmcache import NixlAsyncL2Adapter, NixlAsyncStorageBackend
-from nixl_async.integrations.lmcache_loop import LoopThread
+from nixl_async.integrations.lmcache.loop import LoopThread
 from nixl_async.testing.servers import Server, azurite, seaweedfs
 
 WAIT_SECONDS = 30.0

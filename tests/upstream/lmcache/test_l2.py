@@ -34,7 +34,7 @@ from places import (
 
 from nixl_async import ConfigurationError
 from nixl_async.integrations.lmcache import NixlAsyncL2Adapter, NixlAsyncL2AdapterConfig
-from nixl_async.integrations.lmcache_names import chunk_name, parse_chunk_name
+from nixl_async.integrations.lmcache.names import chunk_name, parse_chunk_name
 from nixl_async.testing.servers import Server, seaweedfs
 
 Make = Callable[..., NixlAsyncL2Adapter]

@@ -88,7 +88,7 @@ def join_alone(config, folder):
 @contextlib.contextmanager
 def as_rank(rank):
     """Let the connector that is made be rank `rank`: each is a process to vLLM, which asks the process for its rank."""
-    with mock.patch("nixl_async.integrations.vllm_worker.get_tensor_model_parallel_rank", return_value=rank):
+    with mock.patch("nixl_async.integrations.vllm.worker.get_tensor_model_parallel_rank", return_value=rank):
         yield
 
 

@@ -6,7 +6,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
 
 from nixl_async import ConfigurationError, MemoryKind
-from nixl_async.integrations.vllm_layout import consumers, describe, heads_between, shared, sources, table
+from nixl_async.integrations.vllm.layout import consumers, describe, heads_between, shared, sources, table
 
 BLOCKS, TOKENS, DIM = 6, 4, 3
 

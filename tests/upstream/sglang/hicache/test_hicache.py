@@ -23,9 +23,9 @@ from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
 
 from nixl_async import ClosedError, ConfigurationError
 from nixl_async.integrations.sglang_hicache import HiCacheNixlAsync
-from nixl_async.integrations.sglang_hicache_config import read_options
-from nixl_async.integrations.sglang_hicache_loop import LoopThread
-from nixl_async.integrations.sglang_hicache_pool import PoolStore
+from nixl_async.integrations.sglang_hicache.config import read_options
+from nixl_async.integrations.sglang_hicache.loop import LoopThread
+from nixl_async.integrations.sglang_hicache.pool import PoolStore
 
 PAGES = 1000
 SOME = 40

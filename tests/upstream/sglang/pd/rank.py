@@ -137,7 +137,7 @@ class Rank:
         elif after == "layers":
             from model import LAYERS
 
-            from nixl_async.integrations.sglang_layers import LayerEvents
+            from nixl_async.integrations.sglang.layers import LayerEvents
 
             self.event = LayerEvents(LAYERS)
             self.rooms[room]._early_send_wait_event = self.event

@@ -9,7 +9,7 @@ from sglang.srt.disaggregation.base.conn import KVArgs, StateType
 from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.disaggregation.common.staging_buffer import compute_head_slice_params
 
-from nixl_async.integrations.sglang_messages import (
+from nixl_async.integrations.sglang.messages import (
     PREFIX,
     Geometry,
     MalformedMessage,
@@ -19,8 +19,8 @@ from nixl_async.integrations.sglang_messages import (
     note,
     read_note,
 )
-from nixl_async.integrations.sglang_places import Buffers, kv_name, layers_of, plan_route, state_name
-from nixl_async.integrations.sglang_state import state_places
+from nixl_async.integrations.sglang.places import Buffers, kv_name, layers_of, plan_route, state_name
+from nixl_async.integrations.sglang.state import state_places
 from nixl_async.memory import Buffer, MemoryKind, MemoryRegion, RemoteRegion
 from nixl_async.peers import Peer
 

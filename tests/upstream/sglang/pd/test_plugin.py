@@ -30,17 +30,17 @@ def test_whoever_asks_for_its_classes_gets_them(loaded: None) -> None:
     from sglang.srt.disaggregation.base.conn import KVArgs
     from sglang.srt.managers import disagg_service
 
-    from nixl_async.integrations import sglang_conn
+    from nixl_async.integrations.sglang import conn
 
     assert disagg_service.TransferBackend is utils.TransferBackend
     ours = disagg_service.TransferBackend("nixl_async")
     found = {kind.value: disagg_service.get_kv_class(ours, kind) for kind in utils.KVClassType}
     assert found == {
         "kvargs": KVArgs,
-        "manager": sglang_conn.NixlAsyncKVManager,
-        "sender": sglang_conn.NixlAsyncKVSender,
-        "receiver": sglang_conn.NixlAsyncKVReceiver,
-        "bootstrap_server": sglang_conn.NixlAsyncKVBootstrapServer,
+        "manager": conn.NixlAsyncKVManager,
+        "sender": conn.NixlAsyncKVSender,
+        "receiver": conn.NixlAsyncKVReceiver,
+        "bootstrap_server": conn.NixlAsyncKVBootstrapServer,
     }
     assert disagg_service.rust_server_serves_kv_bootstrap("nixl_async")
 

@@ -1,0 +1,1 @@
+void *nx_polled(void);
