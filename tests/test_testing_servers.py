@@ -95,7 +95,6 @@ def session() -> Any:
     loader = session.get_component("data_loader")
     for kind in ("service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"):
         loader.load_service_model("s3", kind)
-    session.get_component("endpoint_resolver")
     return session
 
 
