@@ -49,11 +49,14 @@ async def _kill_many(tmp_path: Path, n_blocks: int, *, memory: bool, keeps: bool
     async with Agent("survivor", backends=["memory", "posix"]) as agent:
 
         async def lives_of_one(tiers: Tiers) -> None:
+            longest = LONGEST_SECONDS
             async with victim() as one:
                 for life in lives:
                     setup = {"path": str(tmp_path), "n_blocks": n_blocks, "memory": memory, "durable": keeps, "life": life}
-                    acknowledged = await one.live_and_die(setup, chance.uniform(0.0, LONGEST_SECONDS))
+                    acknowledged = await one.live_and_die(setup, chance.uniform(0.0, longest))
                     everything.extend(acknowledged)
+                    # On a busy machine a life must be longer to get anywhere.
+                    longest = max(LONGEST_SECONDS, longest * (0.9 if acknowledged else 1.25))
                     last = max(acknowledged, default=life * LIFE - 1)
                     missed = await _check(agent, tiers, list(range(life * LIFE, last + 1 + 2 * MOST)))
                     if keeps:
