@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, quiesce
+from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, Revocation, quiesce
 from nixl_async.costs import Cost, Prediction, Way, Ways
 from nixl_async.descriptors import MemoryKind, Plan, Side
 from nixl_async.errors import AccessError, BackendError, ConfigurationError, PeerLost, TransferError
@@ -56,6 +56,7 @@ class _Process:
     pidfd: int
     alive: select.poll
     identity: int
+    description: bytes = b""
     packed: Any = None
     """The native side of packed copies; `None` without, and then `unpacked` says why."""
     unpacked: str = ""
@@ -84,7 +85,9 @@ class SameHostBackend(Backend):
 
     name = "samehost"
     rank = 10
-    limits = Limits(max_ops=4, inline_nbytes=64 << 10, max_op_nbytes=16 << 20)
+    revocation = Revocation.PROCESS
+    # What may never end are packed puts: a peer's thread that was stopped while it copied out of the shared memory, and not ours.
+    limits = Limits(max_ops=4, inline_nbytes=64 << 10, max_op_nbytes=16 << 20, frees_source=True)
 
     def __init__(self, *, way: str | None = None) -> None:
         if not hasattr(os, "pidfd_open"):
@@ -127,17 +130,28 @@ class SameHostBackend(Backend):
 
     async def register(self, region: MemoryRegion) -> bytes:
         """Let peers that know the key ask our threads to read the region, and to write to it unless it is read-only."""
+        return self._register(region, region.readonly)
+
+    async def grant(self, region: MemoryRegion, peer: str, incarnation: str, *, writable: bool) -> bytes:
+        """Return a key of its own for packed copies; direct copies need none, and are ended by the peer alone."""
+        return self._register(region, region.readonly or not writable)
+
+    def _register(self, region: MemoryRegion, readonly: bool) -> bytes:
         self._opened()
         if self._server == ffi.NULL:
             return b""
         key = secrets.randbits(64)
-        if status := lib.nx_packed_register(self._server, key, region.address, region.nbytes, region.readonly):
+        if status := lib.nx_packed_register(self._server, key, region.address, region.nbytes, readonly):
             raise BackendError(f"cannot register: {os.strerror(-status)}", backend=self.name)
         return _KEY.pack(key)
 
     async def unregister(self, region: MemoryRegion) -> None:
         """Refuse the key, and wait until our threads do not touch the region."""
-        if key := region.keys.get(self.name):
+        await self.revoke(region, region.keys.get(self.name, b""))
+
+    async def revoke(self, region: MemoryRegion, key: bytes) -> None:
+        """Refuse a key to packed copies, and wait until our threads do not touch the region on its account."""
+        if key:
             await self._until_quiet(lib.nx_packed_unregister, *_KEY.unpack(key))
 
     def describe(self) -> bytes:
@@ -173,10 +187,15 @@ class SameHostBackend(Backend):
         except TransferError:
             os.close(pidfd)
             raise
+        known = self._processes.get(peer.name)
+        if known is not None and known.description == peer.description and not known.ended:
+            # It could not be reached for a while.
+            os.close(pidfd)
+            return
         alive = select.poll()
         alive.register(pidfd, select.POLLIN)
         await self.disconnect(peer.name)
-        process = _Process(pid, pidfd, alive, identity)
+        process = _Process(pid, pidfd, alive, identity, peer.description)
         self._processes[peer.name] = process
         host.loop.add_reader(pidfd, self._ended, peer.name)
         self._open_packed(process, fd, nonce)
@@ -315,6 +334,11 @@ class SameHostBackend(Backend):
             return (self._forced,) if packed or self._forced == DIRECT else ()
         return (DIRECT, PACKED) if packed else (DIRECT,)
 
+    def pidfd(self, peer: str) -> int | None:
+        """Return a descriptor of the peer's process, whose end it tells: no thread of it copies any more then."""
+        process = self._processes.get(peer)
+        return None if process is None else os.dup(process.pidfd)
+
     def process(self, peer: str) -> tuple[int, int] | None:
         """Return the id of a peer's process and a descriptor of it, which the caller closes; `None` if copies are not direct.
 
@@ -374,6 +398,9 @@ class SameHostBackend(Backend):
             raise PeerLost(f"peer {op.peer!r} serves us no longer", backend=self.name, peer=op.peer)
         if -status == errno.ESRCH or process.gone():
             raise PeerLost(f"the process of peer {op.peer!r} has ended", backend=self.name, peer=op.peer)
+        if -status == errno.EPERM:
+            # It was allowed when we connected. The peer is there; `connect` tells when it is allowed again.
+            raise PeerLost(f"process {process.pid} may not be traced any more", backend=self.name, peer=op.peer)
         self._raise(status, "write to" if op.put else "read from", process.pid, op.peer)
 
     def _raise(self, status: int, what: str, pid: int, peer: str | None) -> None:

@@ -1,8 +1,12 @@
 """Copies over plain TCP connections, for pages of any size: one-sided, served by native threads that never need the GIL.
 
-A peer proves by a token from our metadata that it may connect. Each request names the byte ranges it reads or writes, and the
-side that serves it checks them against what is registered before a byte moves. Sockets are read into, and written from, the
+A peer proves that it may connect by a token that it alone was told over its control connection, and that ends with it. Each request
+names the byte ranges it reads or writes, and the side that serves it checks them, and who asks, against what is registered before
+a byte moves. Sockets are read into, and written from, the
 pages themselves. Bytes travel in the clear: use it on networks that you trust.
+
+What was sent on a connection that breaks may lie in the network, or in the peer's socket, and be written long after. So a put that
+was on it ends when the peer has confirmed, over the control connection, that it has closed its end.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from nixl_async.backend import Backend, Begun, Host, Limits, Op, PeerInfo, quiesce
+from nixl_async.backend import Backend, Begun, Host, Limits, Op, PeerInfo, Revocation, quiesce
 from nixl_async.descriptors import MemoryKind, Side
-from nixl_async.errors import AccessError, BackendError, ConfigurationError, PeerLost, TransferError
+from nixl_async.errors import AccessError, BackendError, ConfigurationError, PeerLost, Quarantined, TransferError
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.native import ffi, int64, lib
 
@@ -39,20 +43,29 @@ SPIN_AGAIN = 32
 """After so many vain looks in a row only every 32nd small copy tries one again: that peer is far away, or busy."""
 _BATCH = 256
 _TOKEN_NBYTES = 16
+_MAX_MARK = 20
+_ROUNDS = 3
 _KEY = struct.Struct("<Q")
 _HELLO = struct.Struct("<8s16sII")
 _HEADER = struct.Struct("<IBBHIIQQ")
 _MAGIC, _ACK = 0x5458494E, 3
-_REFUSALS = {1: "it has no such region", 2: "an address lies outside the region", 3: "the region is read-only"}
+_REFUSALS = {1: "it has no such region for us", 2: "an address lies outside the region", 3: "the region is read-only"}
 
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One connection to a peer; `ended` resolves with the reason when the native side has let go of it."""
+    """One connection to a peer; `ended` resolves with the reason when the native side has let go of it.
+
+    `mark` is what it has told the peer that it is; `users` counts the ops that hold its pointer; `fence` ends when the peer has
+    closed its end.
+    """
 
     pointer: object
     ended: asyncio.Future[int]
+    mark: bytes
     nbytes: int = 0
+    users: int = 0
+    fence: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +78,10 @@ class _Peer:
     express_fd: int = -1
     misses: int = 0
     lost: str = ""
+    broken: list[_Stream] = field(default_factory=list)
+    """Connections that have ended and that ops may still hold."""
+    down: str = ""
+    """Why it is to be connected to again."""
 
 
 class TCPBackend(Backend):
@@ -75,6 +92,7 @@ class TCPBackend(Backend):
 
     name = "tcp"
     rank = 30
+    revocation = Revocation.ENFORCED
     limits = Limits(max_ops=4, max_op_nbytes=8 << 20, max_op_segments=16384, inline_nbytes=16 << 10)
 
     def __init__(self, *, streams: int | None = None, threads: int | None = None) -> None:
@@ -85,7 +103,6 @@ class TCPBackend(Backend):
         self._n_threads = min(4, os.cpu_count() or 1) if threads is None else threads
         if not 1 <= self._n_threads <= 64:
             raise ConfigurationError(f"threads is {threads}; it must be 1 to 64")
-        self._token = secrets.token_bytes(_TOKEN_NBYTES)
         self._engine = ffi.NULL
         self._event_fd = -1
         self._host: Host | None = None
@@ -101,7 +118,7 @@ class TCPBackend(Backend):
     async def open(self, host: Host) -> None:
         """Start the threads."""
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._engine = lib.nx_tcp_open(self._n_threads, self._event_fd, self._token)
+        self._engine = lib.nx_tcp_open(self._n_threads, self._event_fd)
         if self._engine == ffi.NULL:
             os.close(self._event_fd)
             raise BackendError("the system gives no more threads or file descriptors", backend=self.name)
@@ -154,23 +171,71 @@ class TCPBackend(Backend):
         return [(family, address) for family, _, _, _, address in found]
 
     def describe(self) -> bytes:
-        """Return where we listen, and the token that peers must show."""
-        return json.dumps({"at": self._listening, "token": self._token.hex()}).encode()
+        """Return where we listen."""
+        return json.dumps({"at": self._listening}).encode()
+
+    def describe_to(self, peer: str, incarnation: str) -> bytes:
+        """Return where we listen, and the token that this peer must show: no other's name goes with it."""
+        _, token = self._invite(peer, incarnation)
+        return json.dumps({"at": self._listening, "token": token.hex()}).encode()
+
+    def _invite(self, peer: str, incarnation: str) -> tuple[int, bytes]:
+        self._opened()
+        identity = _identity(peer, incarnation)
+        token = ffi.new("uint8_t[]", secrets.token_bytes(_TOKEN_NBYTES))
+        number = lib.nx_tcp_invite(self._engine, identity, len(identity), token)
+        if number < 0:
+            raise BackendError(f"cannot invite peer {peer!r}: {os.strerror(-number)}", backend=self.name, peer=peer)
+        return number, bytes(ffi.buffer(token, _TOKEN_NBYTES))
+
+    async def dismiss(self, peer: str, incarnation: str) -> None:
+        """Refuse the peer's token, and close the connections that it opened."""
+        await self._drop_accepted(_identity(peer, incarnation), dismiss=True)
+
+    async def _drop_accepted(self, identity: bytes, *, dismiss: bool) -> None:
+        """End the connections that peers have opened and introduced themselves on by what begins with `identity`."""
+        number = next(self._ids)
+        dropped = self._expect(number)
+        lib.nx_tcp_drop_accepted(self._engine, identity, len(identity), number, dismiss)
+        await quiesce(dropped)
 
     async def connect(self, peer: PeerInfo) -> None:
-        """Open the connections to a peer and introduce us."""
-        host = self._opened()
+        """Open the connections to a peer and introduce us; to one that is connected, those that are missing."""
+        self._opened()
         places, token = _read_description(peer, self.name)
-        identity = f"{host.agent_name}\0{host.incarnation}".encode()
-        await self.disconnect(peer.name)
-        known = _Peer(peer.name, f"{peer.name}\0{peer.incarnation}".encode())
+        known = self._peers.get(peer.name)
+        if known is None or known.lost or known.identity != _identity(peer.name, peer.incarnation):
+            await self.disconnect(peer.name)
+            known = _Peer(peer.name, _identity(peer.name, peer.incarnation))
+        for _ in range(_ROUNDS):
+            # Meanwhile others may have broken.
+            missing = [False] * (self._n_streams - len(known.streams)) + [True] * (known.express is None)
+            if not missing:
+                break
+            await self._add(known, peer, places, token, missing)
+        if missing:
+            raise BackendError(f"peer {peer.name!r}: {known.down}", backend=self.name, peer=peer.name)
+        known.down = ""
+
+    async def _add(
+        self, known: _Peer, peer: PeerInfo, places: list[tuple[str, int]], token: bytes, wanted: list[bool]
+    ) -> None:
+        """Open connections to a peer: for each of `wanted` whether it is the express one."""
+        host = self._opened()
+        marks = [b"%d" % next(self._ids) for _ in wanted]
+        identity = _identity(host.agent_name, host.incarnation)
+        introductions = [identity + mark + b"\0" for mark in marks]
         sockets: list[socket.socket] = []
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                sockets.append(await self._reach(peer, places, token, identity))
-                place = sockets[0].getpeername()
-                for _ in range(self._n_streams):
-                    sockets.append(await self._greet(sockets[0].family, place, token, identity))
+                for introduction in introductions:
+                    if sockets:
+                        place = sockets[0].getpeername()
+                        sockets.append(await self._greet(sockets[0].family, place, token, introduction))
+                    else:
+                        sockets.append(await self._reach(peer, places, token, introduction))
+            if known.lost:
+                raise PeerLost(f"peer {peer.name!r} is lost: {known.lost}", backend=self.name, peer=peer.name)
         except TimeoutError:
             for sock in sockets:
                 sock.close()
@@ -184,17 +249,16 @@ class TCPBackend(Backend):
                 sock.close()
             raise
         self._peers[peer.name] = known
-        known.express_fd = sockets[-1].fileno()
-        for sock in sockets:
-            number, express = next(self._ids), sock is sockets[-1]
+        for sock, mark, express in zip(sockets, marks, wanted, strict=True):
+            number, fd = next(self._ids), sock.fileno()
             ended = self._expect(number)
-            stream = _Stream(lib.nx_tcp_adopt(self._engine, sock.detach(), number, express), ended)
-            ended.add_done_callback(partial(self._ended, known))
+            stream = _Stream(lib.nx_tcp_adopt(self._engine, sock.detach(), number, express), ended, mark)
             if express:
-                known.express = stream
+                known.express, known.express_fd = stream, fd
+                host.loop.add_reader(fd, self._pump, known)
             else:
                 known.streams.append(stream)
-        host.loop.add_reader(known.express_fd, self._pump, known)
+            ended.add_done_callback(partial(self._ended, known, stream))
 
     async def disconnect(self, peer: str) -> None:
         """Close the connections with a peer, those it opened included; afterwards none of its requests is served."""
@@ -205,33 +269,52 @@ class TCPBackend(Backend):
         streams = [*known.streams, *([known.express] if known.express else [])]
         for stream in streams:
             lib.nx_tcp_drop(stream.pointer)
-        number = next(self._ids)
-        dropped = self._expect(number)
-        lib.nx_tcp_drop_accepted(self._engine, known.identity, len(known.identity), number)
         try:
+            dropped = asyncio.ensure_future(self._drop_accepted(known.identity, dismiss=False))
             await quiesce(asyncio.gather(dropped, *(stream.ended for stream in streams)))
         finally:
             self._unwatch(known)
-            for stream in streams:
+            for stream in [*streams, *known.broken]:
+                if stream.fence is not None:
+                    stream.fence.cancel()
                 lib.nx_tcp_forget(stream.pointer)
+
+    async def fence(self, peer: PeerInfo, mark: bytes) -> None:
+        """Close our end of the connection that the peer means."""
+        self._opened()
+        if not mark.isdigit() or len(mark) > _MAX_MARK:
+            raise BackendError(f"a fence of peer {peer.name!r} names no connection: {mark[:40]!r}", backend=self.name)
+        await self._drop_accepted(_identity(peer.name, peer.incarnation) + mark + b"\0", dismiss=False)
 
     async def register(self, region: MemoryRegion) -> bytes:
         """Let peers that know the key read the region, and write to it unless it is read-only."""
+        return self._register(region, region.readonly, 0)
+
+    async def unregister(self, region: MemoryRegion) -> None:
+        """Refuse the key, and wait until no request touches the region; a peer that holds one for long is cut off."""
+        await self.revoke(region, region.keys[self.name])
+
+    async def grant(self, region: MemoryRegion, peer: str, incarnation: str, *, writable: bool) -> bytes:
+        """Return a key that opens the region to requests on connections of that peer alone."""
+        guest, _ = self._invite(peer, incarnation)
+        return self._register(region, region.readonly or not writable, guest)
+
+    def _register(self, region: MemoryRegion, readonly: bool, guest: int) -> bytes:
         self._opened()
         key = secrets.randbits(64)
-        status = lib.nx_tcp_register(self._engine, key, region.address, region.nbytes, region.readonly)
+        status = lib.nx_tcp_register(self._engine, key, region.address, region.nbytes, readonly, guest)
         if status:
             raise BackendError(f"cannot register: {os.strerror(-status)}", backend=self.name)
         return _KEY.pack(key)
 
-    async def unregister(self, region: MemoryRegion) -> None:
-        """Refuse the key, and wait until no request touches the region; a peer that holds one for long is cut off."""
+    async def revoke(self, region: MemoryRegion, key: bytes) -> None:
+        """Refuse a key, and wait until no request that names it touches the region; a peer that holds one for long is cut off."""
         self._opened()
-        (key,) = _KEY.unpack(region.keys[self.name])
+        (number_of_key,) = _KEY.unpack(key)
         number = next(self._ids)
         quiet = self._expect(number)
-        lib.nx_tcp_unregister(self._engine, key, number)
-        cut = self._opened().loop.call_later(GRACE_SECONDS, lib.nx_tcp_cut_region, self._engine, key)
+        lib.nx_tcp_unregister(self._engine, number_of_key, number)
+        cut = self._opened().loop.call_later(GRACE_SECONDS, lib.nx_tcp_cut_region, self._engine, number_of_key)
         try:
             await quiesce(quiet)
         finally:
@@ -253,7 +336,7 @@ class TCPBackend(Backend):
     def copy_now(self, op: Op) -> bool | Begun:
         """Send a small request over the idle express connection, and look for its answer for a moment."""
         peer = self._peers.get(op.peer or "")
-        if peer is None or peer.lost or peer.express is None:
+        if peer is None or peer.lost or peer.down or peer.express is None:
             return False
         spin = SPIN_NS if peer.misses < SPIN_MISSES or peer.misses % SPIN_AGAIN == 0 else 0
         number = next(self._ids)
@@ -262,19 +345,21 @@ class TCPBackend(Backend):
         if status == 0:
             peer.misses = 0
             return True
-        if status == -errno.EBUSY:
-            return False
-        if status != -errno.EINPROGRESS:
+        if status > 0:
             raise self._error(status, op)
-        peer.misses += 1
         ended = self._expect(number)
         future: asyncio.Future[None] = ended.get_loop().create_future()
         cut: list[asyncio.TimerHandle] = []
 
+        def fenced(fence: asyncio.Task[None]) -> None:
+            future.set_exception(self._why_not_quiet(fence, op) or self._error(ended.result(), op))
+
         def resolve(ended: asyncio.Future[int]) -> None:
             for timer in cut:
                 timer.cancel()
-            if ended.result():
+            if ended.result() < 0 and op.put:
+                self._fence_off(peer, stream).add_done_callback(fenced)
+            elif ended.result():
                 future.set_exception(self._error(ended.result(), op))
             else:
                 future.set_result(None)
@@ -284,7 +369,12 @@ class TCPBackend(Backend):
                 cut.append(ended.get_loop().call_later(GRACE_SECONDS, self._cut, peer, stream))
 
         ended.add_done_callback(resolve)
-        self._pump(peer)
+        if status == -errno.EINPROGRESS:
+            peer.misses += 1
+            self._pump(peer)
+        else:
+            del self._waiting[number]
+            ended.set_result(status)
         return Begun(future, stop)
 
     async def copy(self, op: Op) -> None:
@@ -296,6 +386,8 @@ class TCPBackend(Backend):
                 f"peer {op.peer!r} is lost: {peer.lost if peer else 'no connection'}", backend=self.name, peer=op.peer
             )
         request = self._request(op)
+        if not peer.streams:
+            raise PeerLost(f"peer {op.peer!r} cannot be reached: {peer.down}", backend=self.name, peer=op.peer)
         stream = min(peer.streams, key=_load)
         number = next(self._ids)
         done = self._expect(number)
@@ -303,6 +395,7 @@ class TCPBackend(Backend):
             del self._waiting[number]
             raise BackendError("out of memory", backend=self.name, peer=op.peer, retryable=True)
         stream.nbytes += op.plan.nbytes
+        stream.users += 1
         cut: asyncio.TimerHandle | None = None
 
         def stop() -> None:
@@ -312,12 +405,53 @@ class TCPBackend(Backend):
 
         try:
             status = await quiesce(done, stop)
+            if status:
+                raise self._error(status, op)
         finally:
             stream.nbytes -= op.plan.nbytes
+            stream.users -= 1
             if cut is not None:
                 cut.cancel()
-        if status:
-            raise self._error(status, op)
+            status = done.result()
+            if op.put and status < 0 and status != -errno.ECANCELED:
+                await self._quiet(self._fence_off(peer, stream), op)
+
+    def _fence_off(self, peer: _Peer, stream: _Stream) -> asyncio.Task[None]:
+        """Have the peer close its end of a connection that broke; all puts that were on it wait for the one answer."""
+        if stream.fence is None:
+            host = self._opened()
+            stream.fence = host.loop.create_task(_ask(host, peer.name, stream.mark))
+        return stream.fence
+
+    async def _quiet(self, fence: asyncio.Task[None], op: Op) -> None:
+        """Wait until nothing more of a put that failed can land.
+
+        Raises:
+            Quarantined: that is not certain.
+        """
+        try:
+            await quiesce(fence)
+        except asyncio.CancelledError:
+            if error := self._why_not_quiet(fence, op):
+                raise error from None
+            raise
+        except TransferError:
+            if error := self._why_not_quiet(fence, op):
+                raise error from None
+
+    def _why_not_quiet(self, fence: asyncio.Task[None], op: Op) -> Quarantined | None:
+        cause = None if fence.cancelled() else fence.exception()
+        # With a peer that is lost goes its memory, as far as this side is concerned.
+        if cause is None or isinstance(cause, PeerLost):
+            return None
+        error = Quarantined(
+            f"a connection to peer {op.peer!r} broke, and bytes that were sent on it may still be written there: {cause}",
+            local=False,
+            backend=self.name,
+            peer=op.peer,
+        )
+        error.__cause__ = cause
+        return error
 
     def _request(self, op: Op) -> tuple[Any, ...]:
         """Return an op as the arguments that the engine takes."""
@@ -351,7 +485,7 @@ class TCPBackend(Backend):
 
     def _cut(self, peer: _Peer, stream: _Stream) -> None:
         if not stream.ended.done():
-            peer.lost = f"it did not finish a cancelled request within {GRACE_SECONDS:g} s"
+            peer.down = f"it did not finish a cancelled request within {GRACE_SECONDS:g} s"
             lib.nx_tcp_drop(stream.pointer)
 
     def _error(self, status: int, op: Op) -> TransferError:
@@ -384,14 +518,24 @@ class TCPBackend(Backend):
             if future is not None and not future.done():
                 future.set_result(status)
 
-    def _ended(self, peer: _Peer, future: asyncio.Future[int]) -> None:
-        if peer.express is not None and future is peer.express.ended:
+    def _ended(self, peer: _Peer, stream: _Stream, future: asyncio.Future[int]) -> None:
+        if stream is peer.express:
             self._unwatch(peer)
         if peer.lost or self._host is None:
             return
-        # One connection that breaks means that the others are about to: no op is given to any of them from here on.
-        peer.lost = f"a connection ended: {os.strerror(-future.result())}"
-        self._host.peer_lost(peer.name, peer.lost)
+        # What is on the others goes on. No op is given to them until this one is there again: often they are about to break too.
+        if stream is peer.express:
+            peer.express = None
+        else:
+            peer.streams.remove(stream)
+            # This thread learns of the express one's end by looking.
+            self._pump(peer)
+        for old in [old for old in peer.broken if not old.users]:
+            lib.nx_tcp_forget(old.pointer)
+            peer.broken.remove(old)
+        peer.broken.append(stream)
+        peer.down = peer.down or f"a connection ended: {os.strerror(-future.result())}"
+        self._host.peer_lost(peer.name, peer.down)
 
     async def _reach(self, peer: PeerInfo, places: list[tuple[str, int]], token: bytes, identity: bytes) -> socket.socket:
         reasons = []
@@ -426,6 +570,15 @@ class TCPBackend(Backend):
             sock.close()
             raise
         return sock
+
+
+async def _ask(host: Host, peer: str, mark: bytes) -> None:
+    await host.fence(peer, mark)
+
+
+def _identity(name: str, incarnation: str) -> bytes:
+    """Return what a peer's introductions begin with; the mark of the connection follows."""
+    return f"{name}\0{incarnation}\0".encode()
 
 
 def _load(stream: _Stream) -> int:

@@ -4,6 +4,9 @@ UCXX makes the context and the worker; the one-sided operations, which its Pytho
 one native thread that needs no GIL and sleeps on the worker's event descriptor. Regions and addresses are described as NIXL's
 UCX backend does it: the raw worker address and the raw packed key, behind which ours carry a checksum that UCX does not read.
 
+An endpoint that fails may leave bytes in the network, or in shared memory, that the peer copies long after. So a put that
+was on it ends when the peer has confirmed, over the control connection, that it has closed its endpoint and taken what had come.
+
 To another agent of ours small pages travel many to a message (`native/ucx_pack.c`); to a stock agent all is one-sided, and so
 is what a device's memory takes part in: packing is done by the CPU.
 """
@@ -29,7 +32,7 @@ import numpy as np
 from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, quiesce
 from nixl_async.cuda import check_region, device_count, primary_context
 from nixl_async.descriptors import MemoryKind, Region, Side
-from nixl_async.errors import BackendError, MissingDependency, PeerLost, ProtocolError, TransferError
+from nixl_async.errors import BackendError, MissingDependency, PeerLost, ProtocolError, Quarantined, TransferError
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.metadata import decode_notification, encode_notification
 from nixl_async.native import ffi, int64, lib
@@ -70,6 +73,7 @@ _BATCH = 256
 _SIOCGIFADDR = 0x8915
 _LOOPBACK_NET = 127
 _CANCELLED = -1000
+_ANSWERING = b"answering"
 _NOT_CONNECTED = -24
 _NOT_OF_THE_PEER = frozenset({-1, -4, -5, -8, -22})
 
@@ -77,6 +81,7 @@ _NOT_OF_THE_PEER = frozenset({-1, -4, -5, -8, -22})
 @dataclass(slots=True, eq=False)
 class _Peer:
     name: str
+    identity: str
     stock: bool
     pointer: Any
     ended: asyncio.Future[int]
@@ -85,6 +90,15 @@ class _Peer:
     """Resolves when a failed endpoint is closed."""
     rkeys: dict[bytes, Any] = field(default_factory=dict)
     lost: str = ""
+    down: str = ""
+    """Why it is to be connected to again."""
+    users: int = 0
+    unused: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when no op holds the pointer, once the endpoint has failed."""
+    shut: asyncio.Task[None] | None = None
+    fence: asyncio.Task[None] | None = None
+    answering: bool = False
+    """Whether it was let fail for a fence of the peer's: then that side has closed its own already."""
 
 
 class UCXBackend(Backend):
@@ -103,7 +117,9 @@ class UCXBackend(Backend):
         self._host: Host | None = None
         self._address = b""
         self._peers: dict[str, _Peer] = {}
-        self._memory: dict[MemoryRegion, Any] = {}
+        # What is mapped, with its key: what is registered, and what is leased besides.
+        self._memory: dict[MemoryRegion, tuple[Any, bytes]] = {}
+        self._leased: dict[bytes, Any] = {}
         self._no_vram = "it is not open"
         self._waiting: dict[int, asyncio.Future[int]] = {}
         self._ids = itertools.count(2, 2)
@@ -146,9 +162,10 @@ class UCXBackend(Backend):
             await self.disconnect(peer)
         host, self._host = self._host, None
         host.loop.remove_reader(self._event_fd)
-        for memory in self._memory.values():
-            lib.nx_ucx_unmap(self._engine, memory)
+        for memory, key in [*self._memory.values(), *((memory, key) for key, memory in self._leased.items())]:
+            lib.nx_ucx_unmap(self._engine, memory, _token(key))
         self._memory.clear()
+        self._leased.clear()
         engine, self._engine = self._engine, ffi.NULL
         lib.nx_ucx_close(engine)
         os.close(self._event_fd)
@@ -168,7 +185,16 @@ class UCXBackend(Backend):
         if address is None:
             raise BackendError(f"peer {peer.name!r} sent a malformed worker address", backend=self.name, peer=peer.name)
         identity = 0 if stock else _identity(peer.name, peer.incarnation)
-        await self.disconnect(peer.name)
+        known = self._peers.get(peer.name)
+        if known is not None and known.down and known.identity == peer.incarnation:
+            # It stays known meanwhile: transfers wait for it.
+            await quiesce(self._shut(known))
+            if known.lost:
+                raise PeerLost(f"peer {peer.name!r} is lost: {known.lost}", backend=self.name, peer=peer.name)
+        elif known is not None and known.identity == peer.incarnation and not known.lost:
+            return
+        else:
+            await self.disconnect(peer.name)
         number = next(self._ids)
         ended, closed = self._expect(number), self._expect(number + 1)
         status = ffi.new("int *")
@@ -176,7 +202,7 @@ class UCXBackend(Backend):
         if pointer == ffi.NULL:
             del self._waiting[number], self._waiting[number + 1]
             raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
-        known = _Peer(peer.name, stock, pointer, ended, closed)
+        known = _Peer(peer.name, peer.incarnation, stock, pointer, ended, closed)
         self._peers[peer.name] = known
         ended.add_done_callback(partial(self._ended, known))
 
@@ -185,8 +211,23 @@ class UCXBackend(Backend):
         known = self._peers.pop(peer, None)
         if known is None:
             return
-        failed = known.ended.done()
         known.lost = known.lost or "we parted from it"
+        try:
+            await quiesce(self._shut(known))
+        finally:
+            if known.fence is not None:
+                known.fence.cancel()
+
+    def _shut(self, known: _Peer) -> asyncio.Task[None]:
+        """Close an endpoint when no op of ours uses it any more."""
+        if known.shut is None:
+            known.shut = self._opened().loop.create_task(self._close(known))
+        return known.shut
+
+    async def _close(self, known: _Peer) -> None:
+        failed = known.ended.done()
+        if failed and known.users:
+            await known.unused.wait()
         for rkey in known.rkeys.values():
             lib.nx_ucx_rkey_free(rkey)
         known.rkeys.clear()
@@ -199,8 +240,49 @@ class UCXBackend(Backend):
             del self._waiting[number]
         lib.nx_ucx_forget(known.pointer)
 
+    async def fence(self, peer: PeerInfo, mark: bytes) -> None:
+        """Close our endpoint to the peer by force, and take all that had arrived by then.
+
+        `mark` is empty, or says that the peer's endpoint failed for a fence of ours: then ours had been closed before.
+        """
+        known = self._peers.get(peer.name)
+        if known is not None and known.identity == peer.incarnation and not known.lost:
+            if not known.ended.done() and mark != _ANSWERING:
+                known.answering = True
+                lib.nx_ucx_fail(known.pointer)
+                await quiesce(known.ended)
+            if known.ended.done():
+                await quiesce(self._shut(known))
+        number = next(self._ids)
+        settled = self._expect(number)
+        if lib.nx_ucx_settle(self._engine, number):
+            del self._waiting[number]
+            raise BackendError("out of memory", backend=self.name, peer=peer.name)
+        await quiesce(settled)
+
     async def register(self, region: MemoryRegion) -> bytes:
         """Map the memory; return the packed key."""
+        key, memory = await self._map(region)
+        self._memory[region] = memory, key
+        return key
+
+    async def grant(self, region: MemoryRegion, peer: str, incarnation: str, *, writable: bool) -> bytes:
+        """Map the memory once more: a key of its own, whose token `revoke` ends for packed messages.
+
+        UCX keeps a registration for as long as memory is mapped at all, and its software transports check no key: what is
+        one-sided is ended by the peer alone.
+        """
+        key, memory = await self._map(region)
+        self._leased[key] = memory
+        return key
+
+    async def revoke(self, region: MemoryRegion, key: bytes) -> None:
+        """Serve no packed message with that key any more, and unmap what was mapped for it."""
+        memory = self._leased.pop(key, None)
+        if memory is not None:
+            lib.nx_ucx_unmap(self._engine, memory, _token(key))
+
+    async def _map(self, region: MemoryRegion) -> tuple[bytes, Any]:
         host = self._opened()
         if region.readonly:
             raise BackendError("it registers writable memory only", backend=self.name)
@@ -216,14 +298,13 @@ class UCXBackend(Backend):
         # Large registrations fault in and pin pages, which takes the kernel a while; the driver takes its time for any.
         quick = region.nbytes <= 1 << 20 and not context
         key = call() if quick else await quiesce(host.loop.run_in_executor(None, call))
-        self._memory[region] = memory[0]
-        return _seal(key + _TOKEN.pack(token))
+        return _seal(key + _TOKEN.pack(token)), memory[0]
 
     async def unregister(self, region: MemoryRegion) -> None:
         """Unmap the memory."""
-        memory = self._memory.pop(region, None)
-        if memory is not None:
-            lib.nx_ucx_unmap(self._engine, memory)
+        if (mapped := self._memory.pop(region, None)) is not None:
+            memory, key = mapped
+            lib.nx_ucx_unmap(self._engine, memory, _token(key))
 
     async def forget(self, region: RemoteRegion) -> None:
         """Give up a key; that of a device's memory keeps it mapped here, on one host."""
@@ -256,7 +337,7 @@ class UCXBackend(Backend):
     def how(self, src: Side, dst: Side) -> str:
         """Tell whether small pages travel many to a message."""
         peer = self._peers.get(src.peer or dst.peer or "")
-        packs = peer is not None and not peer.stock and not peer.lost and lib.nx_ucx_packs(peer.pointer)
+        packs = peer is not None and not peer.stock and not peer.lost and not peer.down and lib.nx_ucx_packs(peer.pointer)
         packs = packs and MemoryKind.VRAM not in (src.kind, dst.kind)
         return f"one-sided{', small pages packed' if packs else ''}"
 
@@ -266,7 +347,13 @@ class UCXBackend(Backend):
         ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
         on_device = MemoryKind.VRAM in (ours.kind, theirs.kind)
         if theirs.kind is MemoryKind.VRAM:
-            await self._open_keys(peer, theirs)
+            peer.users += 1
+            try:
+                await self._open_keys(peer, theirs)
+            finally:
+                self._unused(peer)
+            if peer.down:
+                raise PeerLost(f"peer {op.peer!r} cannot be reached: {peer.down}", backend=self.name, peer=op.peer)
         rkeys = ffi.new("void *[]", [self._rkey(peer, region) for region in theirs.regions])
         index = ffi.NULL if theirs.index is None else int64(theirs.index)
         arrays = int64(ours.addresses), int64(theirs.addresses), int64(op.plan.lengths)
@@ -274,19 +361,69 @@ class UCXBackend(Backend):
         packs = not peer.stock and not on_device
         if packs and len(op.plan.lengths) > 1 and op.nbytes <= PACK_NBYTES * len(op.plan.lengths):
             keys = [region.keys[self.name] for region in theirs.regions if isinstance(region, RemoteRegion)]
-            tokens = ffi.new("uint64_t[]", [_TOKEN.unpack_from(key, len(key) - _SEAL.size - _TOKEN.size)[0] for key in keys])
+            tokens = ffi.new("uint64_t[]", [_token(key) for key in keys])
         vram = ours.kind is MemoryKind.VRAM
         near = ours.regions[0]
-        memory = self._memory.get(near) if vram and len(ours.regions) == 1 and isinstance(near, MemoryRegion) else None
+        mapped = self._memory.get(near) if vram and len(ours.regions) == 1 and isinstance(near, MemoryRegion) else None
         number = next(self._ids)
         done = self._expect(number)
-        segments = len(op.plan.lengths), *arrays, index, rkeys, tokens, vram, memory or ffi.NULL
+        segments = len(op.plan.lengths), *arrays, index, rkeys, tokens, vram, mapped[0] if mapped else ffi.NULL
         if lib.nx_ucx_submit(peer.pointer, number, op.put, *segments):
             del self._waiting[number]
             raise BackendError("out of memory", backend=self.name, peer=op.peer, retryable=True)
-        status = await quiesce(done, partial(lib.nx_ucx_cancel, peer.pointer, number))
-        if status:
-            raise self._error(status, peer)
+        peer.users += 1
+        done.add_done_callback(partial(self._unused, peer))
+        try:
+            status = await quiesce(done, partial(lib.nx_ucx_cancel, peer.pointer, number))
+            if status:
+                raise self._error(status, peer)
+        finally:
+            # Others of its puts are flushed before it ends, unless the endpoint has failed.
+            if op.put and done.result() not in (0, _CANCELLED, *_NOT_OF_THE_PEER) and not peer.stock:
+                await self._fence_off(peer)
+
+    @staticmethod
+    def _unused(peer: _Peer, done: asyncio.Future[int] | None = None) -> None:
+        peer.users -= 1
+        if not peer.users:
+            peer.unused.set()
+
+    async def _fence_off(self, peer: _Peer) -> None:
+        """Wait until nothing more of the puts that were on a failed endpoint can land.
+
+        Raises:
+            Quarantined: that is not certain.
+        """
+        host = self._opened()
+        if peer.fence is None:
+            # It may not have failed as a whole; the peer's closing would make it.
+            lib.nx_ucx_fail(peer.pointer)
+            peer.fence = host.loop.create_task(self._ask(host, peer))
+        cause: BaseException | None = None
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            await quiesce(peer.fence)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            cause = None if peer.fence.cancelled() else peer.fence.exception()
+        except TransferError as error:
+            cause = error
+        # With a peer that is lost goes its memory, as far as this side is concerned.
+        if cause is not None and not isinstance(cause, PeerLost):
+            raise Quarantined(
+                f"the endpoint to peer {peer.name!r} failed, and bytes that were sent by it may still be written there: {cause}",
+                local=False,
+                backend=self.name,
+                peer=peer.name,
+            ) from cause
+        if cancelled is not None:
+            raise cancelled
+
+    async def _ask(self, host: Host, peer: _Peer) -> None:
+        await quiesce(peer.ended)
+        # Our end goes first: the peer's closes on nothing that we still send.
+        await quiesce(self._shut(peer))
+        await host.fence(peer.name, _ANSWERING if peer.answering else b"")
 
     async def send_notification(self, peer: str, payload: bytes) -> None:
         """Send a notification in NIXL's form: an active message that its agents, and ours, take."""
@@ -310,8 +447,8 @@ class UCXBackend(Backend):
 
     def _peer(self, name: str | None) -> _Peer:
         peer = self._peers.get(name or "")
-        if peer is None or peer.lost:
-            why = peer.lost if peer else "there is no endpoint"
+        if peer is None or peer.lost or peer.down:
+            why = peer.lost or peer.down if peer else "there is no endpoint"
             raise PeerLost(f"peer {name!r} is lost: {why}", backend=self.name, peer=name)
         return peer
 
@@ -401,10 +538,12 @@ class UCXBackend(Backend):
             host.notification(sender, payload)
 
     def _ended(self, peer: _Peer, future: asyncio.Future[int]) -> None:
+        if not peer.users:
+            peer.unused.set()
         if peer.lost or self._host is None:
             return
-        peer.lost = f"its endpoint failed: {_text(future.result())}"
-        self._host.peer_lost(peer.name, peer.lost)
+        peer.down = f"its endpoint failed: {_text(future.result())}"
+        self._host.peer_lost(peer.name, peer.down)
 
     def _error(self, status: int, peer: _Peer) -> TransferError:
         text = f"peer {peer.name!r}: {_text(status)}"
@@ -438,6 +577,11 @@ def _has_network() -> bool:
 def _identity(name: str, incarnation: str) -> int:
     """Return what the packed messages of an agent are known by: never 0."""
     return int.from_bytes(hashlib.blake2b(f"{name}\0{incarnation}".encode(), digest_size=8).digest(), "little") | 1
+
+
+def _token(key: bytes) -> int:
+    """Return what stands for the memory in packed messages."""
+    return int(_TOKEN.unpack_from(key, len(key) - _SEAL.size - _TOKEN.size)[0])
 
 
 def _text(status: int) -> str:

@@ -2,13 +2,14 @@
 
 Rooms: `errors` (every exception) · `descriptors` (what to move) · `memory` (regions) · `transfer` (its life) · `backend` (the
 contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wire`, `link`, `membership`, `peers`,
-`notifications`, `metadata` (who is there) · `handle`, `agent` (what callers hold) · `testing` (conformance suite) · `cli`, `demo` ·
+`notifications`, `metadata` (who is there) · `leases`, `leased` (memory lent to one peer) · `handle`, `agent` (what callers
+hold) · `testing` (conformance suite) · `cli`, `demo` ·
 `discovery` (agents by name) · `geometry`, `planner` (who sends which slices of a KV cache to whom) · `layers` (pushes and
 pulls, layer by layer).
 """
 
 from nixl_async.agent import Agent, Statistics
-from nixl_async.backend import Backend, Limits, Op, Stat, StorageBackend, Upload, load_backend
+from nixl_async.backend import Backend, Limits, Op, Revocation, Stat, StorageBackend, Upload, load_backend
 from nixl_async.descriptors import BlockLayout, Descriptor, MemoryKind
 from nixl_async.discovery import Discovered
 from nixl_async.errors import (
@@ -23,6 +24,7 @@ from nixl_async.errors import (
     IntegrityError,
     InternalError,
     InvalidTransition,
+    LeaseEnded,
     MissingDependency,
     NixlError,
     NoRoute,
@@ -38,6 +40,8 @@ from nixl_async.errors import (
 from nixl_async.geometry import KVGeometry, Sharding
 from nixl_async.handle import Part, PreparedTransfer, Transfer
 from nixl_async.layers import Incoming, LayerPlan, Offer, Pull, Push
+from nixl_async.leased import LeasedRegion
+from nixl_async.leases import Lease
 from nixl_async.liveness import Liveness
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Notification
@@ -77,6 +81,9 @@ __all__ = [
     "InvalidTransition",
     "KVGeometry",
     "LayerPlan",
+    "Lease",
+    "LeaseEnded",
+    "LeasedRegion",
     "Limits",
     "Liveness",
     "MembershipEvent",
@@ -103,6 +110,7 @@ __all__ = [
     "Quarantined",
     "RegistrationError",
     "RemoteRegion",
+    "Revocation",
     "Sharding",
     "Slices",
     "Stat",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import secrets
@@ -14,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from nixl_async.backend import Backend, Host, StorageBackend, load_backend
+from nixl_async.checksums import load
 from nixl_async.descriptors import Descriptor, MemoryKind, Places, Plan, Region, make_plan
 from nixl_async.discovery import Discovered, Finder, open_finder
 from nixl_async.dispatch import Dispatcher, check_payload, read_class, urgency
@@ -23,11 +23,13 @@ from nixl_async.errors import (
     MissingDependency,
     NixlError,
     PeerLost,
+    Quarantined,
     RegistrationError,
     TransferError,
 )
 from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.layers import Exchanges, LayerCalls
+from nixl_async.leases import Lease
 from nixl_async.liveness import Liveness
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion, open_buffer
@@ -39,6 +41,7 @@ from nixl_async.scheduler import ClassCount
 from nixl_async.security import TLS, ConnectionLimits, Credentials, Token
 from nixl_async.stores import StorageCalls, Stores
 from nixl_async.transfer import TrafficClass, TransferResult
+from nixl_async.verification import Check
 from nixl_async.wire import MAX_NAME_NBYTES
 
 logger = logging.getLogger("nixl_async.agent")
@@ -52,14 +55,19 @@ no memory, so the regions that are there already need nothing."""
 
 OFF_LOOP_DESCRIPTORS = 16384
 """Plans of more ranges than this, both sides together, are made on a thread: they would hold the loop longer than a millisecond."""
+REGISTERED_AT_ONCE = 16
+"""After so many registrations the loop goes round."""
 TOKEN_VARIABLE = "NIXL_ASYNC_TOKEN"
+_UNNAMED = "region-"
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """Counters of an agent since it was opened; bytes by the backend that moved them.
 
-    `classes` has those of each traffic class, without the small copies that were made at once (`inline`).
+    `classes` has those of each traffic class, without the small copies that were made at once (`inline`). `retries` counts what was
+    sent again by the same route after it failed, `failovers` the transfers that moved to another route while they were under way or
+    waiting, `routes_lost` how often a route to a peer that was there went down.
     """
 
     peers: int
@@ -72,6 +80,9 @@ class Statistics:
     nbytes: dict[str, int]
     unread_notifications: int
     classes: dict[str, ClassCount]
+    retries: int = 0
+    failovers: int = 0
+    routes_lost: int = 0
 
 
 class Agent(StorageCalls, LayerCalls):
@@ -87,6 +98,7 @@ class Agent(StorageCalls, LayerCalls):
     `discovery` is the URL of a store where agents find each other by name, such as "etcd://host:2379" (see `nixl_async.discovery`):
     `serve` publishes this agent there, and `await agent.peer("decode-3")` connects to others.
     `shares` are the weights by which traffic classes that have work share a backend (default: latency 16, normal 4, bulk 1).
+    `verify` is what `transfer` and `submit` do where they are not told: None, or a checksum by which each copy is verified.
 
     Use it as `async with Agent("decode-0") as agent:`. Leaving the block cancels what is in flight, waits until nothing
     moves, parts from the peers and releases everything. One agent belongs to one event loop.
@@ -104,6 +116,7 @@ class Agent(StorageCalls, LayerCalls):
         connection_limits: ConnectionLimits | None = None,
         discovery: str | None = None,
         shares: Mapping[TrafficClass | str, float] | None = None,
+        verify: str | None = None,
     ) -> None:
         if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_NBYTES:
             raise ConfigurationError(f"agent name {name!r} must be a string of 1 to {MAX_NAME_NBYTES} bytes")
@@ -115,6 +128,9 @@ class Agent(StorageCalls, LayerCalls):
             self._credentials = Credentials(None, tls)
         self._authenticate = authenticate
         self._wanted = backends
+        if verify is not None:
+            load(verify)
+        self._verify = verify
         self._shares = read_shares({read_class("a class of shares", one): share for one, share in (shares or {}).items()})
         self._backends: dict[str, Backend] = {}
         self._unavailable: dict[str, str] = {}
@@ -126,6 +142,7 @@ class Agent(StorageCalls, LayerCalls):
             peer_quiet=self._peer_quiet,
             liveness=liveness,
             limits=connection_limits,
+            route_lost=self._route_lost,
         )
         self._finder: Finder | None = None
         if discovery is not None:
@@ -137,6 +154,9 @@ class Agent(StorageCalls, LayerCalls):
         self._dispatcher: Dispatcher
         self._planner: ThreadPoolExecutor | None = None
         self._adding = asyncio.Lock()
+        # No lower number is free for a region without a name.
+        self._unnamed = 1
+        self._turn = 0
         self._stores = Stores(self._storage)
         self._files = set()
         self._state = "new"
@@ -173,6 +193,7 @@ class Agent(StorageCalls, LayerCalls):
         self._backends.update({backend.name: backend for backend in opened})
         self._membership.backends = opened
         self._dispatcher = Dispatcher(self.name, self._loop, self._backends, self._membership, self._shares)
+        self._membership.leases.held.abort = self._dispatcher.abort
         self._exchanges = Exchanges(self._loop, self._membership, self._dispatcher.streams, self)
         self._state = "open"
         if self._finder is not None:
@@ -190,6 +211,7 @@ class Agent(StorageCalls, LayerCalls):
             self._loop,
             peer_lost=partial(self._membership.backend_lost, backend.name),
             notification=self._stock_notification,
+            fence=partial(self._membership.fence, backend.name),
             backends=self._backends,
         )
 
@@ -234,7 +256,11 @@ class Agent(StorageCalls, LayerCalls):
             except TransferError as error:
                 logger.error("agent %s: %s", self.name, error)
         for region in list(self._membership.regions.values()):
-            await region.aclose()
+            try:
+                await region.aclose()
+            except Quarantined as error:
+                logger.error("agent %s: %s", self.name, error)
+        await self._dispatcher.verifier.aclose()
         self._dispatcher.close()
         # What relays between others goes before them.
         opened = [*reversed(self._backends.values())]
@@ -276,8 +302,10 @@ class Agent(StorageCalls, LayerCalls):
 
     # Memory.
 
-    async def register(self, obj: Any, *, name: str | None = None) -> MemoryRegion:
+    async def register(self, obj: Any, *, name: str | None = None, offered: bool = True) -> MemoryRegion:
         """Register an object's memory and tell the peers; the region keeps the object alive until it is closed.
+
+        With `offered=False` no peer is told: it is for this agent's own transfers, and for peers that `region.lease` lends it to.
 
         `obj`: a numpy array, bytearray, memoryview, mmap, torch tensor, cupy array, RMM buffer, or anything with the buffer
         protocol, DLPack (CPU or CUDA) or `__cuda_array_interface__`. Read-only memory can be a source only. `name` is what peers
@@ -291,10 +319,13 @@ class Agent(StorageCalls, LayerCalls):
         self._check_open()
         regions = self._membership.regions
         if name is None:
-            name = next(free for n in itertools.count(1) if (free := f"region-{n}") not in regions)
+            while f"{_UNNAMED}{self._unnamed}" in regions:
+                self._unnamed += 1
+            name = f"{_UNNAMED}{self._unnamed}"
         if name in regions:
             raise ConfigurationError(f"a region called {name!r} is registered already; choose another name")
         region = MemoryRegion(name, open_buffer(obj), self._unregister)
+        region.offered, region.lessor = offered, self._membership.leases
         # Reserved before the first await, so that two tasks cannot take one name.
         regions[name] = region
         refusals = {}
@@ -318,15 +349,26 @@ class Agent(StorageCalls, LayerCalls):
             raise
         self._membership.publish(region)
         self._regions_changed()
+        self._turn = (self._turn + 1) % REGISTERED_AT_ONCE
+        if not self._turn:
+            # Nothing above may have waited, and whoever registers thousands would keep the loop.
+            await asyncio.sleep(0)
         return region
 
     async def _unregister(self, region: MemoryRegion) -> None:
         await self._membership.withdraw(region)
+        if region.name.startswith(_UNNAMED) and (number := region.name.removeprefix(_UNNAMED)).isdecimal():
+            self._unnamed = max(1, min(self._unnamed, int(number)))
         self._regions_changed()
         if region.quarantined:
             return
         for name in region.keys:
             await self._backends[name].unregister(region)
+
+    @property
+    def leases(self) -> list[Lease]:
+        """The leases that this agent has granted which are active, or have ended and are not quiet."""
+        return self._membership.leases.all()
 
     # Peers.
 
@@ -336,9 +378,9 @@ class Agent(StorageCalls, LayerCalls):
         return self._membership.address
 
     @property
-    def peers(self) -> dict[str, Peer]:
-        """The connected peers by name."""
-        return dict(self._membership.peers)
+    def peers(self) -> Mapping[str, Peer]:
+        """The connected peers by name, as of this moment: it can be gone through while some come and go."""
+        return self._membership.snapshot()
 
     @property
     def discovered(self) -> dict[str, Discovered]:
@@ -481,6 +523,7 @@ class Agent(StorageCalls, LayerCalls):
         deadline: float | None = None,
         after: object = None,
         backend: str | None = None,
+        verify: str | bool | None = None,
     ) -> TransferResult:
         """Copy every byte of `src` to `dst` and return when all are in place.
 
@@ -488,23 +531,30 @@ class Agent(StorageCalls, LayerCalls):
         `notify` is sent to the peer after its side is complete. `backend` forces the route.
         `traffic_class` ("latency", "normal", "bulk") has a share of each backend's throughput while others want it too; within a
         class higher `priority` goes first, then the earlier `deadline`, in seconds of the loop's clock: one that cannot be met is
-        counted, not failed. `after` is what must be reached before bytes are read: a CUDA stream (what is on it so far) or event,
-        a `CPUStream` or `CPUEvent`, an awaitable, another `Transfer`, or a list of these.
+        counted, not failed; but no retry waits beyond it. `after` is what must be reached before bytes are read: a CUDA stream
+        (what is on it so far) or event, a `CPUStream` or `CPUEvent`, an awaitable, another `Transfer`, or a list of these.
+        `verify` ("crc32c", "xxh3", False, or None: the agent's own) compares checksums of both sides once the bytes are there and
+        before `notify` is sent, page by page, each computed off the loop by the process that owns the memory: see `IntegrityError`.
+        A page is a range of the side that has more of them; one range alone is compared by the mebibyte. Nobody may write to either
+        side meanwhile. Files and objects are read back for it; a device's memory is refused.
         When this raises, `CancelledError` and `TimeoutError` included, no byte moves any more and `dst` is undefined.
 
         Raises:
             DescriptorError: the sides do not fit together.
             NoRoute: no backend can copy between them.
+            ConfigurationError: it cannot be verified: a device's memory, a stock NIXL agent, or an unknown checksum.
+            IntegrityError: pages differ after the copy.
             TransferError: the copy failed.
         """
         if isinstance(src, PreparedTransfer):
             self._check_prepared(src)
             prepared = src
         elif isinstance(src, Descriptor) and isinstance(dst, Descriptor) and len(src) + len(dst) <= OFF_LOOP_DESCRIPTORS:
-            prepared = self._prepare_now(src, dst, backend)
+            prepared = self._prepare_now(src, dst, backend, verify is not None or self._verify is not None)
         else:
             prepared = await self.prepare(src, _both(dst), backend=backend)
-        return await self._dispatcher.transfer(prepared, notify, urgency(priority, deadline, traffic_class), after)
+        check = None if verify is None and self._verify is None else self._check(prepared, verify)
+        return await self._dispatcher.transfer(prepared, notify, urgency(priority, deadline, traffic_class), after, check)
 
     def submit(
         self,
@@ -517,30 +567,34 @@ class Agent(StorageCalls, LayerCalls):
         deadline: float | None = None,
         after: object = None,
         backend: str | None = None,
+        verify: str | bool | None = None,
     ) -> Transfer:
         """Start a transfer without waiting for it; otherwise as `transfer`.
 
         Lists of tens of thousands of pages take milliseconds to check: `await agent.prepare(...)` does that off the loop.
         """
         if not isinstance(src, PreparedTransfer):
-            src = self._prepare_now(src, _both(dst), backend)
+            src = self._prepare_now(src, _both(dst), backend, verify is not None or self._verify is not None)
         else:
             self._check_prepared(src)
-        return self._dispatcher.submit(src, notify, urgency(priority, deadline, traffic_class), after)
+        check = None if verify is None and self._verify is None else self._check(src, verify)
+        return self._dispatcher.submit(src, notify, urgency(priority, deadline, traffic_class), after, check)
 
     async def prepare(self, src: Places, dst: Places, *, backend: str | None = None) -> PreparedTransfer:
         """Check, pair, coalesce and route a transfer once, to send it many times; large ones are prepared off the loop."""
         if _count(src) + _count(dst) <= OFF_LOOP_DESCRIPTORS:
-            return self._prepare_now(src, dst, backend)
+            return self._prepare_now(src, dst, backend, True)
         self._check_open()
         if self._planner is None:
             self._planner = ThreadPoolExecutor(1, thread_name_prefix=f"nixl-plan-{self.name}")
-        return await self._loop.run_in_executor(self._planner, self._prepare_now, src, dst, backend)
+        return await self._loop.run_in_executor(self._planner, self._prepare_now, src, dst, backend, True)
 
     def explain(self, src: Places, dst: Places) -> Explanation:
-        """Tell which backend would move the bytes, which others could, and why the rest cannot."""
+        """Tell which backend would move the bytes, which others could, which are down at present, and why the rest cannot."""
         self._check_open()
-        return self._router.explain(make_plan(src, dst))
+        plan = make_plan(src, dst)
+        peer = plan.dst.peer or plan.src.peer
+        return self._router.explain(plan, outages=self._dispatcher.outages(peer), now=self._loop.time())
 
     def statistics(self) -> Statistics:
         """Return the agent's counters."""
@@ -551,14 +605,19 @@ class Agent(StorageCalls, LayerCalls):
             nbytes=dict(self._dispatcher.nbytes),
             unread_notifications=self._membership.inbox.unread,
             classes=self._dispatcher.classes(),
+            **self._dispatcher.resent(),
             **self._dispatcher.counts,
         )
 
-    def _prepare_now(self, src: Places, dst: Places, backend: str | None) -> PreparedTransfer:
+    def _prepare_now(self, src: Places, dst: Places, backend: str | None, keep_places: bool) -> PreparedTransfer:
         self._check_open()
         if backend is not None and backend not in self._backends:
             raise ConfigurationError(f"this agent has no backend {backend!r}; it has {', '.join(self._backends)}")
-        return self.prepare_plan(make_plan(src, dst), backend=backend)
+        prepared = self.prepare_plan(make_plan(src, dst), backend=backend)
+        if keep_places:
+            # For verifying; lists are the caller's, who may change them.
+            prepared.places = (tuple(src) if isinstance(src, list) else src, tuple(dst) if isinstance(dst, list) else dst)
+        return prepared
 
     def prepare_plan(self, plan: Plan, *, backend: str | None = None) -> PreparedTransfer:
         """Route a plan that was made of checked sides, as `prepare` does with places. Any thread may call it.
@@ -574,6 +633,12 @@ class Agent(StorageCalls, LayerCalls):
             pieces = tuple(plan.split(limits.max_op_nbytes, limits.max_op_segments)) if plan.nbytes else ()
         return PreparedTransfer(self, plan, pieces, routes)
 
+    def _check(self, prepared: PreparedTransfer, verify: str | bool | None) -> Check | None:
+        algorithm = self._verify if verify is None else verify
+        if algorithm is None or algorithm is False:
+            return None
+        return self._dispatcher.verifier.check(prepared.plan, prepared.places, algorithm)
+
     def _check_prepared(self, prepared: PreparedTransfer) -> None:
         self._check_open()
         if prepared._agent is not self:
@@ -581,6 +646,10 @@ class Agent(StorageCalls, LayerCalls):
         prepared.check_usable()
 
     # What the membership reports.
+
+    def _route_lost(self, backend: str, peer: str, reason: str) -> None:
+        if self._state == "open":
+            self._dispatcher.route_lost(backend, peer, reason)
 
     def _peer_gone(self, name: str, error: PeerLost) -> None:
         if self._state in ("open", "closing"):

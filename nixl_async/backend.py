@@ -8,9 +8,10 @@ scheduler's) and never import each other, the scheduler or the agent.
 from __future__ import annotations
 
 import asyncio
+import enum
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -36,7 +37,8 @@ class Limits:
     quiet before its memory is quarantined. `batch`: whether small transfers may share an op, and large ones be cut further.
     `max_peer_ops` and `max_peer_nbytes` bound what is in flight towards one peer (0: no bound of its own). While more urgent
     traffic wants room, ops of less urgent transfers are cut to `slice_nbytes` bytes (0: never). `lanes`: how many ops it works on
-    at once: while fewer are in flight, a large transfer that waits alone is cut for them.
+    at once: while fewer are in flight, a large transfer that waits alone is cut for them. `frees_source`: whether a put that was
+    stopped reads its source no more, even where the peer does not become quiet.
     """
 
     max_ops: int = 4
@@ -50,6 +52,18 @@ class Limits:
     max_peer_nbytes: int = 0
     slice_nbytes: int = 640 << 10
     lanes: int = 1
+    frees_source: bool = False
+
+
+class Revocation(enum.Enum):
+    """What ends a peer's use of memory that was leased to it; see `Backend.revoke`."""
+
+    ENFORCED = "enforced"
+    """This side moves the bytes, or refuses to: once `revoke` has returned, nothing moves, whatever the peer does."""
+    PROCESS = "process"
+    """The peer moves the bytes: nothing moves once it says so, or once its process has ended, if the kernel tells of that."""
+    ACKNOWLEDGED = "acknowledged"
+    """Nothing moves once the peer says so. Its process's end proves nothing: bytes may be on their way, or it is out of sight."""
 
 
 def _nobody(start: int, nbytes: int, error: TransferError | None) -> None:
@@ -99,11 +113,18 @@ class Begun:
     stop: Callable[[], None]
 
 
+async def _nobody_to_ask(peer: str, mark: bytes) -> None:
+    """Confirm a fence where there is no control connection."""
+
+
 @dataclass(slots=True)
 class Host:
     """What the agent lends a backend at `open`: its name and incarnation, and where to report events.
 
-    `peer_lost(peer, reason)` and `notification(sender, payload)` must be called on the loop's thread.
+    `peer_lost(peer, reason)` and `notification(sender, payload)` must be called on the loop's thread. After `peer_lost` of a peer
+    that is still there, the backend is asked to `connect` to it again, until it succeeds.
+    `fence(peer, mark)` has the peer's backend of the same name carry out `Backend.fence`, and returns when that is done. It raises
+    `PeerLost` when the peer is lost meanwhile, and another `TransferError` when the peer does not confirm.
     """
 
     agent_name: str
@@ -111,6 +132,7 @@ class Host:
     loop: asyncio.AbstractEventLoop
     peer_lost: Callable[[str, str], None] = field(default=lambda peer, reason: None)
     notification: Callable[[str, bytes], None] = field(default=lambda sender, payload: None)
+    fence: Callable[[str, bytes], Awaitable[None]] = _nobody_to_ask
     backends: Mapping[str, Backend] = field(default_factory=dict)
     """All of the agent's, for a backend that relays between others."""
 
@@ -127,6 +149,8 @@ class Backend(ABC):
     """Whether it moves bytes through other backends of the agent, to peers too without being connected to them."""
     reports: ClassVar[bool] = False
     """Whether it calls `Op.report`."""
+    revocation: ClassVar[Revocation] = Revocation.ACKNOWLEDGED
+    """What `revoke` achieves, and what must be waited for besides."""
     limits: Limits = Limits()
     rank: int = 50
     """Routes are tried in rising rank; a caller's `backend=` overrides it."""
@@ -148,8 +172,12 @@ class Backend(ABC):
         """Copy every segment of `op`; return when all bytes are visible at the destination.
 
         Cancelling must end quietly: stop what can be stopped, wait for the rest (`quiesce`), then raise `CancelledError`.
+        Failing must too: the op may be sent again by another route at once, and the memory be written to by others after that. What
+        of a put the peer may still write is fenced first (`Host.fence`).
 
         Raises:
+            PeerLost: the peer cannot be reached this way; the agent uses other routes until `connect` succeeds again.
+            Quarantined: it failed or was cancelled, and bytes of it may still be written.
             TransferError: the copy failed; `retryable` says whether the same op may succeed later.
         """
 
@@ -181,8 +209,30 @@ class Backend(ABC):
         """Return what a peer's backend of this name needs to reach us; it travels in the agent's metadata."""
         return b""
 
+    def describe_to(self, peer: str, incarnation: str) -> bytes:
+        """Return what that peer is told over its authenticated connection, instead of `describe()`; it may be a secret."""
+        return self.describe()
+
+    async def dismiss(self, peer: str, incarnation: str) -> None:
+        """Let nobody in any more with what `describe_to` told that peer; it is gone, whether or not it was ever connected."""
+
+    async def grant(self, region: MemoryRegion, peer: str, incarnation: str, *, writable: bool) -> bytes:
+        """Return a key for `region` that is meant for one peer; `revoke` ends it. By default it is the key for all.
+
+        Raises:
+            BackendError: this backend cannot lend that memory to that peer.
+        """
+        return region.keys[self.name]
+
+    async def revoke(self, region: MemoryRegion, key: bytes) -> None:
+        """End a key that `grant` returned: refuse it where this side can, and wait for what this side moves on its account."""
+
+    def pidfd(self, peer: str) -> int | None:
+        """Return a descriptor that is readable once the peer's process has ended, for the caller to close; `None`: cannot tell."""
+        return None
+
     async def connect(self, peer: PeerInfo) -> None:
-        """Prepare for ops to and from `peer`.
+        """Prepare for ops to and from `peer`; called again, for the same incarnation, after the backend has lost it.
 
         Raises:
             TransferError: this backend cannot reach that peer; the agent then uses other routes.
@@ -198,6 +248,16 @@ class Backend(ABC):
             BackendError: this backend carries no notifications.
         """
         raise BackendError(f"backend {self.name!r} carries no notifications", backend=self.name, peer=peer)
+
+    async def fence(self, peer: PeerInfo, mark: bytes) -> None:
+        """Let nothing more be written here for those ops of `peer` that its backend of this name means by `mark`.
+
+        What of them has arrived may be written before this returns; nothing of them is written after.
+
+        Raises:
+            BackendError: that cannot be made sure.
+        """
+        raise BackendError(f"backend {self.name!r} cannot fence off what a peer has sent", backend=self.name, peer=peer.name)
 
     async def forget(self, region: RemoteRegion) -> None:
         """Let go of what was kept of a peer's region, which its owner withdraws; no op uses it."""

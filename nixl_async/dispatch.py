@@ -10,21 +10,25 @@ import asyncio
 import itertools
 import logging
 import math
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from nixl_async.backend import Backend, Begun, Op, quiesce
-from nixl_async.descriptors import Plan
+from nixl_async.descriptors import Plan, Region
 from nixl_async.errors import BackendError, ConfigurationError, NixlError, PartsFailed, PeerLost, Quarantined, TransferError
 from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion
-from nixl_async.scheduler import Action, ClassCount, Finish, Scheduler, Start, Stop
+from nixl_async.outages import Outage
+from nixl_async.revival import Revival
+from nixl_async.scheduler import Action, ClassCount, Finish, Lost, Scheduler, Start, Stop, Verify
 from nixl_async.storage import FileRegion
 from nixl_async.streams import Streams
 from nixl_async.transfer import TrafficClass, TransferRecord, TransferResult, TransferState
+from nixl_async.verification import Check, Verifier
 
 logger = logging.getLogger("nixl_async.agent")
 
@@ -44,6 +48,13 @@ class Urgency(NamedTuple):
 
 
 ORDINARY = Urgency()
+
+
+class _Sent(NamedTuple):
+    """A small copy that was begun at once, and by which route."""
+
+    begun: Begun
+    route: str
 
 
 def urgency(priority: int, deadline: float | None, traffic_class: TrafficClass | str) -> Urgency:
@@ -91,7 +102,9 @@ class Dispatcher:
         self._backends = backends
         self._membership = membership
         self.streams = Streams(loop)
-        self._scheduler = Scheduler({name: backend.limits for name, backend in backends.items()}, shares)
+        self._scheduler = Scheduler({name: backend.limits for name, backend in backends.items()}, shares, random.random)
+        self._revival = Revival(backends, membership, self._route_back)
+        self.verifier = Verifier(name, loop, membership, backends)
         self.transfers: dict[int, Transfer] = {}
         self.counts = {"done": 0, "failed": 0, "cancelled": 0, "inline": 0}
         self.nbytes: dict[str, int] = {}
@@ -107,7 +120,9 @@ class Dispatcher:
         self._inline_ns = 0
         self._inline_task: asyncio.Task[Any] | None = None
         self._inline_last_ns = 0
-        self._begun: set[Begun] = set()
+        self._begun: dict[Begun, Plan] = {}
+        # Quarantined transfers whose ops have not ended: they hold the peer's memory until those do.
+        self._unquiet: list[tuple[TransferRecord, list[Region]]] = []
 
     async def drain(self) -> None:
         """Cancel what is in flight and wait until nothing moves."""
@@ -122,6 +137,7 @@ class Dispatcher:
             await asyncio.sleep(0)
         for task in list(self._notifying):
             task.cancel()
+        await self._revival.aclose()
 
     def close(self) -> None:
         """Stop the clock; say what was never quiet."""
@@ -133,11 +149,11 @@ class Dispatcher:
         self.streams.close()
 
     async def transfer(
-        self, prepared: PreparedTransfer, notify: bytes | None, urgency: Urgency, after: object
+        self, prepared: PreparedTransfer, notify: bytes | None, urgency: Urgency, after: object, check: Check | None = None
     ) -> TransferResult:
         """Copy at once what is small and waits for nothing; submit what is not; see `Agent.transfer`."""
-        if after is not None:
-            return await self.submit(prepared, notify, urgency, after)
+        if after is not None or check is not None:
+            return await self.submit(prepared, notify, urgency, after, check)
         if self._inline_ns >= INLINE_BUDGET_NS and asyncio.current_task() is self._inline_task:
             # A task that only makes small copies would never let the loop run; many tasks that make one each do.
             await asyncio.sleep(0)
@@ -145,41 +161,73 @@ class Dispatcher:
         result = self._try_inline(prepared, urgency.traffic_class)
         if result is None:
             return await self.submit(prepared, notify, urgency, None)
-        if isinstance(result, Begun):
-            result = await self._finish_begun(prepared, result)
+        if isinstance(result, _Sent):
+            try:
+                result = await self._finish_begun(prepared, result)
+            except (BackendError, PeerLost) as error:
+                # It is quiet: what is repeated goes the scheduler's way.
+                self._inline_failed(prepared, result.route, error)
+                return await self.submit(prepared, notify, urgency, None)
         if notify is not None:
             payload, target = check_payload(notify), _target(prepared.plan, self._name)
             if not self._membership.notify_nowait(target, payload):
                 await self._membership.notify(target, payload)
         return result
 
-    async def _finish_begun(self, prepared: PreparedTransfer, begun: Begun) -> TransferResult:
-        plan, route = prepared.plan, prepared.routes[0]
+    async def _finish_begun(self, prepared: PreparedTransfer, sent: _Sent) -> TransferResult:
+        plan, (begun, route) = prepared.plan, sent
         started = self.loop.time()
-        self._begun.add(begun)
+        self._begun[begun] = plan
         for side in (plan.src, plan.dst):
             for region in side.regions:
                 region.hold()
-        ended = "failed"
+        ended, reason = "failed", None
         try:
             await quiesce(begun.future, begun.stop)
             ended = "done"
         except asyncio.CancelledError:
+            if isinstance(error := begun.future.exception(), Quarantined):
+                reason = error
+                raise error from None
             ended = "cancelled"
             raise
+        except (BackendError, PeerLost):
+            # What failed because it was stopped says why.
+            prepared.check_usable()
+            ended = ""
+            raise
+        except Quarantined as error:
+            reason = error
+            raise
+        except TransferError:
+            prepared.check_usable()
+            raise
         finally:
-            self.counts[ended] += 1
-            self._begun.discard(begun)
-            for side in (plan.src, plan.dst):
-                for region in side.regions:
-                    region.release()
+            if ended:
+                self.counts[ended] += 1
+            del self._begun[begun]
+            _let_go(plan, reason)
         self.nbytes[route] = self.nbytes.get(route, 0) + plan.nbytes
         return TransferResult(plan.nbytes, self.loop.time() - started, 0.0, 1, route)
 
-    def _try_inline(self, prepared: PreparedTransfer, traffic_class: TrafficClass) -> TransferResult | Begun | None:
+    def _inline_failed(self, prepared: PreparedTransfer, route: str, error: TransferError) -> None:
+        peer = prepared.plan.dst.peer or prepared.plan.src.peer
+        if isinstance(error, PeerLost) and peer is not None:
+            self.route_lost(route, peer, str(error))
+        if self._scheduler.outages.first_up(prepared.routes, peer) == route:
+            self._scheduler.retries += 1
+        else:
+            self._scheduler.failovers += 1
+
+    def _try_inline(self, prepared: PreparedTransfer, traffic_class: TrafficClass) -> TransferResult | _Sent | None:
         if len(prepared.pieces) != 1:
             return None
         plan, route = prepared.plan, prepared.routes[0]
+        if (
+            self._scheduler.outages
+            and self._scheduler.outages.first_up(prepared.routes, plan.dst.peer or plan.src.peer) != route
+        ):
+            return None
         backend = self._backends[route]
         if plan.nbytes > backend.limits.inline_nbytes:
             return None
@@ -190,7 +238,11 @@ class Dispatcher:
         if not self._scheduler.idle(route, peer, traffic_class):
             return None
         started = time.perf_counter_ns()
-        copied = backend.copy_now(Op(0, plan, peer, plan.dst.peer is not None))
+        try:
+            copied = backend.copy_now(Op(0, plan, peer, plan.dst.peer is not None))
+        except (BackendError, PeerLost) as error:
+            self._inline_failed(prepared, route, error)
+            return None
         if copied is False:
             return None
         spent = time.perf_counter_ns() - started
@@ -200,7 +252,7 @@ class Dispatcher:
         self._inline_ns += spent + 10_000
         self._inline_last_ns = spent
         if isinstance(copied, Begun):
-            return copied
+            return _Sent(copied, route)
         self.counts["inline"] += 1
         self.counts["done"] += 1
         self.nbytes[route] = self.nbytes.get(route, 0) + plan.nbytes
@@ -210,7 +262,9 @@ class Dispatcher:
         self._inline_ns = 0
         self._inline_task = None
 
-    def submit(self, prepared: PreparedTransfer, notify: bytes | None, urgency: Urgency, after: object) -> Transfer:
+    def submit(
+        self, prepared: PreparedTransfer, notify: bytes | None, urgency: Urgency, after: object, check: Check | None = None
+    ) -> Transfer:
         """Hand a transfer to the scheduler, which starts it at the end of this loop iteration, or when `after` is reached."""
         payload = None if notify is None else check_payload(notify)
         reached = None if after is None else self.streams.reached(after)
@@ -223,6 +277,7 @@ class Dispatcher:
             plan.dst.peer or plan.src.peer,
             plan.dst.peer is not None,
             *urgency,
+            check=check,
         )
         transfer = Transfer(self, record, payload)
         self.transfers[record.id] = transfer
@@ -286,8 +341,17 @@ class Dispatcher:
                 case Stop(op_id):
                     if (running := self._ops.get(op_id)) is not None:
                         running.cancel()
+                case Verify(op_id, record):
+                    task = self.loop.create_task(self.verifier.verify(record.plan, record.check))
+                    self._ops[op_id] = task
+                    task.add_done_callback(partial(self._verified, op_id, record))
                 case Finish(record):
                     self._finish(record)
+                case Lost(outage) if outage.peer in self._membership.peers:
+                    self._revival.begin(outage)
+                case Lost(outage):
+                    # Ops with a peer that is gone end after it. Who comes under its name is no worse for that.
+                    self._scheduler.outages.end(outage.backend, outage.peer)
         wakeup = self._scheduler.next_wakeup()
         if wakeup is not None and (self._timer is None or self._timer.cancelled() or self._timer.when() > wakeup):
             if self._timer is not None:
@@ -307,6 +371,8 @@ class Dispatcher:
             error: BaseException | None = BackendError(f"{name}: the op was cancelled", backend=name, peer=op.peer)
         else:
             error = task.exception()
+        if self._unquiet:
+            self.loop.call_soon(self._release_quiet)
         if error is None:
             self.nbytes[name] = self.nbytes.get(name, 0) + op.nbytes
             if not told:
@@ -321,6 +387,21 @@ class Dispatcher:
                 error.parts = dict(transfer._errors or {})
             # Parts that have been told of cannot be taken back by another attempt.
             self._carry_out(self._scheduler.op_failed(op.id, error, now, final=told))
+
+    def _verified(self, op_id: int, record: TransferRecord, task: asyncio.Task[None]) -> None:
+        del self._ops[op_id]
+        error: BaseException | None
+        if task.cancelled():
+            error = BackendError("the comparison was cancelled")
+        else:
+            error = task.exception()
+        if error is not None and not isinstance(error, NixlError):
+            wrapped = BackendError(f"the comparison failed: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        if isinstance(error, TransferError):
+            error.backend = error.backend or record.routes[0]
+        self._carry_out(self._scheduler.verified(op_id, error, self.loop.time()))
 
     def _part_settled(self, op: Op, first: int, count: int, error: TransferError | None) -> None:
         self._told.add(op.id)
@@ -352,13 +433,8 @@ class Dispatcher:
             error.transfer_id = error.transfer_id or record.id
             error.peer = error.peer or record.peer
             error.history = record.history
-        quarantined = isinstance(error, Quarantined)
-        for side in (record.plan.src, record.plan.dst):
-            for region in side.regions:
-                if quarantined and isinstance(region, MemoryRegion | FileRegion):
-                    region.quarantined = True
-                else:
-                    region.release()
+        if kept := _let_go(record.plan, error, quiet=not record.ops):
+            self._unquiet.append((record, kept))
         if record.state is TransferState.DONE:
             self.counts["done"] += 1
             if transfer.notify is not None:
@@ -385,10 +461,44 @@ class Dispatcher:
         transfer._resolve()
         self._tell_quiet()
 
+    def _release_quiet(self) -> None:
+        """Let go of the peers' memory that quarantined transfers used, where their ops have ended after all."""
+        for ended in [one for one in self._unquiet if not one[0].ops]:
+            self._unquiet.remove(ended)
+            for region in ended[1]:
+                region.release()
+
     # What the membership reports.
+
+    def route_lost(self, backend: str, peer: str, reason: str) -> None:
+        """Send nothing more by a route until it is back."""
+        self._carry_out(self._scheduler.route_lost(backend, peer, reason, self.loop.time()))
+
+    def _route_back(self, backend: str, peer: str) -> None:
+        self._carry_out(self._scheduler.route_back(backend, peer, self.loop.time()))
+
+    def outages(self, peer: str | None) -> dict[str, Outage]:
+        """Return the routes to a peer that are down."""
+        return self._scheduler.outages.of(peer)
+
+    def resent(self) -> dict[str, int]:
+        """Return how often something was sent again by the same route, moved to another, and a route was lost."""
+        scheduler = self._scheduler
+        return {"retries": scheduler.retries, "failovers": scheduler.failovers, "routes_lost": scheduler.outages.era}
+
+    def abort(self, region: Region, error: Callable[[], TransferError]) -> None:
+        """Fail every transfer that touches a region, each with an error of its own."""
+        for transfer in list(self.transfers.values()):
+            plan = transfer._record.plan
+            if region in plan.src.regions or region in plan.dst.regions:
+                self._carry_out(self._scheduler.abort(transfer.id, error(), self.loop.time()))
+        for begun, plan in list(self._begun.items()):
+            if region in plan.src.regions or region in plan.dst.regions:
+                begun.stop()
 
     def peer_gone(self, name: str, error: PeerLost) -> None:
         """Fail every transfer with a peer."""
+        self._revival.forget(name)
         self._carry_out(self._scheduler.peer_lost(name, error, self.loop.time()))
 
     async def peer_quiet(self, name: str) -> None:
@@ -397,12 +507,32 @@ class Dispatcher:
             waiter = self.loop.create_future()
             self._quiet.append(waiter)
             await waiter
+        await self._revival.quiet(name)
 
     def _tell_quiet(self) -> None:
         waiting, self._quiet = self._quiet, []
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _let_go(plan: Plan, error: BaseException | None, *, quiet: bool = True) -> list[Region]:
+    """Give back the regions of a transfer that has ended, or keep from everybody those that `error` says may not be quiet.
+
+    Return the peer's among those, which are still held, if ops have not ended (`quiet` is False).
+    """
+    quarantined = error if isinstance(error, Quarantined) and error.local else None
+    kept: list[Region] = []
+    for side in (plan.src, plan.dst):
+        for region in side.regions:
+            moves = quarantined is not None and (quarantined.moving is None or region in quarantined.moving)
+            if moves and isinstance(region, MemoryRegion | FileRegion):
+                region.quarantined = True
+            elif moves and not quiet:
+                kept.append(region)
+            else:
+                region.release()
+    return kept
 
 
 async def _settled(transfer: Transfer) -> None:

@@ -15,11 +15,12 @@
     │   ├── PeerLost(ConnectionError)       the peer's process ended, or it cannot be reached any more
     │   ├── BackendError                    anything else a backend met; `__cause__` is the original
     │   │   ├── OutOfSpace                  the device or the quota is full
-    │   │   └── IntegrityError              bytes arrived that do not match their checksum
+    │   │   └── IntegrityError              bytes arrived that do not match their checksum: pages, count
     │   ├── ConflictError(FileExistsError)  a conditional write found what it must not find
     │   ├── Aborted                         the other side of a push or pull of layers gave it up
+    │   ├── LeaseEnded(ClosedError)         the lease on a peer's memory ran out or was revoked
     │   ├── PartsFailed                     some objects of a transfer failed; `parts` has each one's error
-    │   └── Quarantined                     the hardware never became quiet: do not reuse the memory
+    │   └── Quarantined                     the hardware, or a peer, did not become quiet: do not reuse the memory
     └── InternalError                       a fault in this library
         └── InvalidTransition               an event that the transfer's state does not allow
 
@@ -27,7 +28,7 @@ Whose fault it was is readable from the class: Configuration, Descriptor, Regist
 caller's, Transfer and Protocol the world's, Internal ours. `asyncio.CancelledError` is never wrapped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
@@ -78,8 +79,13 @@ class TransferError(NixlError):
     """Report a transfer that did not complete; the destination's content is undefined.
 
     `retryable` tells the scheduler whether the same op may succeed when sent again. `history` is the transfer's
-    bounded list of `(time, old state, event, new state)`.
+    bounded list of `(time, old state, event, new state)`. Of a transfer that was sent again in vain, `resent` tells how many times,
+    `seconds` since when, and `tried` by which routes; the text says so too.
     """
+
+    resent: int = 0
+    seconds: float = 0.0
+    tried: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -97,6 +103,13 @@ class TransferError(NixlError):
         self.peer = peer
         self.retryable = retryable
         self.history = tuple(history)
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if not self.resent:
+            return text
+        times = "once" if self.resent == 1 else f"{self.resent} times"
+        return f"{text} (sent again {times} in {self.seconds:.3g} s, by {', '.join(self.tried)})"
 
 
 class NotFoundError(TransferError, FileNotFoundError):
@@ -120,7 +133,18 @@ class OutOfSpace(BackendError):
 
 
 class IntegrityError(BackendError):
-    """Report bytes that do not match their checksum or their size; nothing of them is used."""
+    """Report bytes that do not match their checksum or their size; nothing of them is used.
+
+    Of a transfer with `verify`: `pages` has the first indices of the `count` pages that differ, `algorithm` is the checksum's name.
+    """
+
+    def __init__(
+        self, message: str, *, pages: Sequence[int] = (), count: int = 0, algorithm: str | None = None, **fields: Any
+    ) -> None:
+        super().__init__(message, **fields)
+        self.pages = tuple(pages)
+        self.count = count
+        self.algorithm = algorithm
 
 
 class ConflictError(TransferError, FileExistsError):
@@ -129,6 +153,10 @@ class ConflictError(TransferError, FileExistsError):
 
 class Aborted(TransferError):
     """Report that the other side of a push or pull of layers gave it up, and why."""
+
+
+class LeaseEnded(TransferError, ClosedError):
+    """Report memory of a peer that may not be used any more: its lease ran out, or its owner revoked it."""
 
 
 class PartsFailed(TransferError):
@@ -143,11 +171,17 @@ class PartsFailed(TransferError):
 
 
 class Quarantined(TransferError):
-    """Report an op that did not become quiet within the drain limit.
+    """Report an op, or a peer whose lease has ended, that did not become quiet within the drain limit.
 
     Bytes of it may still move: the local region named in the message stays registered for the life of the process
-    and must not be freed or reused, and neither must the peer's.
+    and must not be freed or reused, and neither must the peer's. Where `local` is False the memory on this side is quiet, and only
+    the peer's destination may still be written to, as long as that peer is connected. `moving` holds the regions that the message
+    names, `None` where they are all of the transfer's. After a lease, `await lease.quiet()` returns if it may, after all.
     """
+
+    def __init__(self, message: str, *, local: bool = True, moving: Collection[object] | None = None, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.local, self.moving = local, moving
 
 
 class InternalError(NixlError):

@@ -14,7 +14,7 @@ from nixl_async.transfer import TrafficClass, TransferRecord, TransferResult, Tr
 
 if TYPE_CHECKING:
     from nixl_async.agent import Agent
-    from nixl_async.descriptors import Plan
+    from nixl_async.descriptors import Places, Plan
     from nixl_async.dispatch import Dispatcher
 
 
@@ -293,10 +293,18 @@ class PreparedTransfer:
     Made by `agent.prepare`. Sending it again costs no work per descriptor. It uses the bytes as they are when it is sent.
     """
 
-    __slots__ = ("_agent", "pieces", "plan", "routes")
+    __slots__ = ("_agent", "pieces", "places", "plan", "routes")
 
-    def __init__(self, agent: Agent, plan: Plan, pieces: Sequence[Plan], routes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        plan: Plan,
+        pieces: Sequence[Plan],
+        routes: tuple[str, ...],
+        places: tuple[Places, Places] | None = None,
+    ) -> None:
         self._agent = agent
+        self.places = places
         self.plan = plan
         self.pieces = pieces
         self.routes = routes
@@ -320,10 +328,17 @@ class PreparedTransfer:
         traffic_class: TrafficClass | str = TrafficClass.NORMAL,
         deadline: float | None = None,
         after: object = None,
+        verify: str | bool | None = None,
     ) -> TransferResult:
         """Send it and wait until every byte is in place; see `Agent.transfer`."""
         return await self._agent.transfer(
-            self, notify=notify, priority=priority, traffic_class=traffic_class, deadline=deadline, after=after
+            self,
+            notify=notify,
+            priority=priority,
+            traffic_class=traffic_class,
+            deadline=deadline,
+            after=after,
+            verify=verify,
         )
 
     def submit(
@@ -334,8 +349,15 @@ class PreparedTransfer:
         traffic_class: TrafficClass | str = TrafficClass.NORMAL,
         deadline: float | None = None,
         after: object = None,
+        verify: str | bool | None = None,
     ) -> Transfer:
         """Send it without waiting; see `Agent.submit`."""
         return self._agent.submit(
-            self, notify=notify, priority=priority, traffic_class=traffic_class, deadline=deadline, after=after
+            self,
+            notify=notify,
+            priority=priority,
+            traffic_class=traffic_class,
+            deadline=deadline,
+            after=after,
+            verify=verify,
         )

@@ -35,6 +35,8 @@ MAX_UNSENT_NBYTES = MAX_FRAME_NBYTES + (64 << 20)
 """What may wait to be sent to a peer that does not read."""
 MAX_UNREAD_NBYTES = 4 * WINDOW_NBYTES + MAX_NOTIFICATION_NBYTES
 """What a peer may have sent that nobody here has consumed: more than its window allows in any case."""
+MAX_KEPT_NBYTES = 64 << 20
+"""What may be kept of a peer that has begun to tell its regions, until it has told all."""
 _TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
 _U64 = struct.Struct("<Q")
 
@@ -102,6 +104,11 @@ class Link(asyncio.Protocol):
         self._error: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._held: deque[tuple[FrameType, bytes]] | None = None
+        self._kept: deque[tuple[FrameType, bytes]] = deque()
+        self._kept_nbytes = 0
+        # Frames that wait to be sent with others, and whoever waits until the transport takes more.
+        self._posted: list[bytes] = []
+        self._full_pipe: asyncio.Future[None] | None = None
         # Notifications sent and not yet consumed by the peer, in bytes, and who waits for room.
         self._outstanding = self._consumed = 0
         self._room: deque[asyncio.Future[None]] = deque()
@@ -171,6 +178,7 @@ class Link(asyncio.Protocol):
         if self.closed:
             return
         self.closed = True
+        self.resume_writing()
         if self._timer is not None:
             self._timer.cancel()
         if self._pulse is not None:
@@ -195,19 +203,61 @@ class Link(asyncio.Protocol):
                 probe.set_result(False)
         self._owner.link_closed(self, error)
 
+    def pause_writing(self) -> None:
+        """Take note that the transport holds much that was not sent."""
+        self._full_pipe = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        """Take note that it takes more."""
+        if self._full_pipe is not None and not self._full_pipe.done():
+            self._full_pipe.set_result(None)
+        self._full_pipe = None
+
     # For the owner.
 
     def send(self, frame: bytes) -> None:
         """Send a frame; dropped when the connection has ended (its end is reported on its own)."""
+        if self._posted:
+            posted, self._posted = self._posted, []
+            frame = b"".join([*posted, frame])
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
             if self._transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
                 self.give_up(f"it has left {MAX_UNSENT_NBYTES} bytes unread")
 
+    def post(self, frame: bytes) -> None:
+        """Let a frame go with the next one that is sent, before it; `flush` sends it at the latest."""
+        self._posted.append(frame)
+
+    def flush(self) -> None:
+        """Send what was posted."""
+        if self._posted:
+            self.send(b"")
+
+    async def room(self) -> None:
+        """Wait while the other side is behind in reading, or until the connection ends."""
+        while self._full_pipe is not None and not self.closed:
+            await asyncio.shield(self._full_pipe)
+
+    def keep(self, kind: FrameType, payload: bytes) -> None:
+        """Set a frame aside that `unhold`, which comes later, delivers first.
+
+        Raises:
+            ProtocolError: that is too much.
+        """
+        self._kept.append((kind, payload))
+        if kind is FrameType.NOTIFY:
+            # It is counted when it is delivered.
+            self._unread -= len(payload) + OVERHEAD_NBYTES
+        self._kept_nbytes += len(payload) + OVERHEAD_NBYTES
+        if self._kept_nbytes > MAX_KEPT_NBYTES:
+            raise ProtocolError(f"{self._kept_nbytes} bytes came before all of the metadata; at most {MAX_KEPT_NBYTES} may")
+
     def hold(self) -> None:
         """Keep incoming frames back until `unhold`."""
         if self._held is None:
-            self._held = deque()
+            self._held, self._kept = self._kept, deque()
+            self._kept_nbytes = 0
             if self._transport is not None:
                 self._transport.pause_reading()
 

@@ -14,8 +14,9 @@ import logging
 import random
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from nixl_async.acceptor import SHUTDOWN_SECONDS, Acceptor
 from nixl_async.backend import Backend, PeerInfo
@@ -26,20 +27,28 @@ from nixl_async.errors import (
     NixlError,
     PeerLost,
     ProtocolError,
+    TransferError,
 )
+from nixl_async.leased import LeasedRegion
+from nixl_async.leases import LEASE_FRAMES, Leases
 from nixl_async.link import Link
 from nixl_async.liveness import Liveness, Pulse
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.notifications import Inbox, Notification
 from nixl_async.peers import (
+    PIECE_REGIONS,
     Announcement,
     MembershipEvent,
     MembershipEvents,
     Peer,
+    check_revision,
     decode_announcement,
-    describe_regions,
+    describe_region,
     encode_announcement,
+    pieces,
+    read_announcement,
     read_regions,
+    region_record,
 )
 from nixl_async.security import ConnectionLimits, Credentials
 from nixl_async.wire import FrameType, Greeting, decode_json, encode_frame, encode_json
@@ -48,20 +57,37 @@ logger = logging.getLogger("nixl_async.membership")
 
 LAST_WORDS_SECONDS = 0.1
 """How long a control connection may go on after its peer's process has ended: a child of that process may hold it open."""
+FENCE_SECONDS = 3.0
+"""How long a peer may take to confirm that nothing is written for ops that were given up: with the second that a cancelled op has
+to end by itself that is less than backends' `drain_seconds`."""
 LEAVE_SECONDS = 5.0
 """How long a leaving agent waits for a peer to confirm that it is quiet."""
 MAX_PEER_REGIONS = 1 << 20
+LINKS_AT_ONCE = 32
+"""To so many connections something is sent before the loop goes on with other things."""
 PROBE_SECONDS = 1.0
 """How long a connected peer has to show that it is alive when somebody else claims its name without proving it."""
+_PIECE = b'{"piece":'
 TURNED_AWAY_RETRIES = 5
 TURNED_AWAY_SECONDS = 0.02
 """An agent under attack closes connections for want of room: then others are tried, after this time, twice that, and so on."""
+
+
+class FrameTaker(Protocol):
+    """What takes the frames about checksums; see `verification`."""
+
+    def link_frame(self, link: Link, peer: Peer, kind: FrameType, payload: bytes) -> None:
+        """Act on a VERIFY or VERIFIED frame."""
+
+    def link_closed(self, link: Link) -> None:
+        """Take note of a link's end."""
 
 
 class Membership:
     """Keeps the peers of one agent.
 
     `peer_gone(peer, error)` must fail the transfers with that peer, `peer_quiet(peer)` wait until none of them moves bytes.
+    `route_lost(backend, peer, reason)` is told of a backend that has lost a peer whose control connection lives.
     """
 
     def __init__(
@@ -74,16 +100,20 @@ class Membership:
         peer_quiet: Callable[[str], Awaitable[None]],
         liveness: Liveness | None = None,
         limits: ConnectionLimits | None = None,
+        route_lost: Callable[[str, str, str], None] = lambda backend, peer, reason: None,
     ) -> None:
         self.peers: dict[str, Peer] = {}
         self.inbox = Inbox(self._consumed)
         self.backends: list[Backend] = []
         self.regions: dict[str, MemoryRegion] = {}
         self.address: tuple[str, int] | None = None
+        self.leases = Leases(lambda: self.backends, self.get, self._spawn, self._leased_changed, self._let_go)
+        self.verifier: FrameTaker | None = None
+        self._withdrawing: dict[MemoryRegion, None] = {}
         self._name, self._incarnation, self._credentials = name, incarnation, credentials
         self._limits = limits or ConnectionLimits()
         self._pulse = Pulse(liveness or Liveness())
-        self._peer_gone, self._peer_quiet = peer_gone, peer_quiet
+        self._peer_gone, self._peer_quiet, self._route_lost = peer_gone, peer_quiet, route_lost
         self._server: Acceptor | None = None
         self._links: set[Link] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -92,9 +122,19 @@ class Membership:
         self._arrivals: dict[str, list[asyncio.Future[Peer]]] = {}
         # Who waits for a link in the place of one that was superseded, by the peer.
         self._replacements: dict[str, list[asyncio.Future[None]]] = {}
-        # Answers awaited from peers: (peer, id) of a WITHDRAW, (peer, -1) of a LEAVE.
-        self._answers: dict[tuple[Link, int], asyncio.Future[None]] = {}
+        # Answers awaited from peers, to WITHDRAW, LEAVE and FENCE: `None` when the link ends first, else why a FENCE failed, or "".
+        self._answers: dict[tuple[Link, int], asyncio.Future[str | None]] = {}
         self._next_id = 0
+        # Peers that we part from, as long as transfers with them become quiet.
+        self._parting: dict[str, Peer] = {}
+        # Peers that backends have not let go of: who comes back waits, lest what is still written for him comes after what he does.
+        self._going: dict[str, asyncio.Future[None]] = {}
+        # How many changes of our regions peers were told; who has news that were posted and not sent.
+        self._revision = 0
+        self._news: dict[Link, None] = {}
+        # Peers that tell their regions in pieces, and what they have told.
+        self._gathering: dict[Link, tuple[Announcement, dict[str, RemoteRegion]]] = {}
+        self._snapshot: Mapping[str, Peer] | None = None
         self._closing = False
 
     # Coming.
@@ -177,7 +217,7 @@ class Membership:
 
     async def add_peer(self, blob: bytes, token: bytes | None = None) -> Peer:
         """Load a metadata blob that came out of band; connect to the agent it names."""
-        announcement = decode_announcement(blob)
+        announcement = await read_announcement(blob)
         if announcement.name == self._name:
             raise ConfigurationError(f"the metadata is this agent's own ({self._name!r}); load a peer's")
         known = self.peers.get(announcement.name)
@@ -201,7 +241,8 @@ class Membership:
             await self._drop(
                 known, PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name), "lost"
             )
-        peer = Peer(announcement.name, announcement.incarnation)
+        regions = {region.name: region for region in announcement.regions}
+        peer = Peer(announcement.name, announcement.incarnation, regions)
         await self._connect_backends(peer, announcement, None)
         if not peer.backends:
             raise PeerLost(f"no backend reaches {peer.name!r}: {peer.refusals}", peer=peer.name)
@@ -223,8 +264,11 @@ class Membership:
 
     def metadata(self, regions: Iterable[MemoryRegion] | None = None) -> bytes:
         """Return the blob that other agents, stock NIXL's among them, load."""
-        chosen = self.regions.values() if regions is None else regions
-        return encode_announcement(self._name, self._incarnation, self.address, self.backends, chosen)
+        chosen = list(self.regions.values()) if regions is None else list(regions)
+        if regions is not None and (unoffered := [region.name for region in chosen if not region.offered]):
+            raise ConfigurationError(f"the regions {unoffered} are not offered to every peer; lease them instead")
+        told = [region for region in chosen if region.record]
+        return encode_announcement(self._name, self._incarnation, self.address, self.backends, told, self._revision)
 
     def events(self) -> MembershipEvents:
         """Listen to what happens to peers from here on."""
@@ -239,16 +283,54 @@ class Membership:
     def publish(self, region: MemoryRegion) -> None:
         """Tell a region to everyone who was sent the metadata, peers that are still joining included."""
         self.regions[region.name] = region
-        frame = encode_json(FrameType.REGIONS, {"added": describe_regions([region])})
-        for link in self._links:
-            if link.told:
-                link.send(frame)
+        if not region.offered:
+            return
+        region.record = region_record(region)
+        self._revision += 1
+        frame = encode_frame(FrameType.REGIONS, b'{"added":[%b],"revision":%d}' % (region.record, self._revision))
+        self._post(frame)
 
     async def withdraw(self, region: MemoryRegion) -> None:
         """Take a region back: wait until everyone who was told of it says that none of their transfers touches it."""
-        self.regions.pop(region.name, None)
-        links = [link for link in self._links if link.told]
-        await asyncio.gather(*(self._ask(link, FrameType.WITHDRAW, name=region.name) for link in links))
+        if self.regions.get(region.name) is region:
+            del self.regions[region.name]
+        if region.offered:
+            region.record = b""
+            self._revision += 1
+            self._next_id += 1
+            frame = encode_json(FrameType.WITHDRAW, {"id": self._next_id, "name": region.name, "revision": self._revision})
+            answers: list[asyncio.Future[str | None]] = []
+            for link in self._post(frame):
+                answers.append(asyncio.get_running_loop().create_future())
+                self._answers[link, self._next_id] = answers[-1]
+            self._withdrawing[region] = None
+            try:
+                await asyncio.gather(*answers)
+            finally:
+                del self._withdrawing[region]
+        if not region.quarantined:
+            # A peer may have asked for its checksums meanwhile.
+            await region.wait_unused()
+
+    def offered(self, peer: Peer, name: str, address: int) -> MemoryRegion | None:
+        """Return the region of that name and address if a peer may use it still, else `None`."""
+        found = self.regions.get(name)
+        for region in self._withdrawing if found is None or found.address != address else (found,):
+            if (region.name, region.address) == (name, address) and (region.offered or self.leases.lends(region, peer)):
+                return region
+        return None
+
+    async def current_link(self, peer: Peer) -> Link:
+        """Return a peer's control connection; wait for the other one if it is being replaced.
+
+        Raises:
+            PeerLost: the peer is gone, or has none.
+        """
+        while (link := peer.link) is not None:
+            if not link.superseded:
+                return link
+            await self._replaced(peer, link)
+        raise PeerLost(f"peer {peer.name!r} has no control connection", peer=peer.name)
 
     async def notify(self, name: str, payload: bytes) -> None:
         """Send a notification; see `Agent.notify`."""
@@ -279,6 +361,12 @@ class Membership:
         peer = self.peers.get(name)
         return peer is not None and peer.link is not None and peer.link.notify_nowait(payload)
 
+    def snapshot(self) -> Mapping[str, Peer]:
+        """Return the connected peers by name, as they are now; the same object until one comes or goes."""
+        if self._snapshot is None:
+            self._snapshot = MappingProxyType(dict(self.peers))
+        return self._snapshot
+
     def get(self, name: str) -> Peer:
         """Return the connected peer called `name`."""
         try:
@@ -299,12 +387,14 @@ class Membership:
         self._closing = True
         if self._server is not None:
             self._server.close()
+        await self.leases.end_every()
         known = [peer.link for peer in self.peers.values()]
         # Who has our metadata may count us as a peer already, though we have not got so far.
         others = [link for link in self._links if link.told and link not in known]
         await asyncio.gather(*map(self._part, list(self.peers.values())), *map(self._say_leave, others))
         for link in list(self._links):
             link.abort()
+        self.leases.close()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -332,7 +422,36 @@ class Membership:
             asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, peer.link.fail, error)
         else:
             # A peer that leaves closes its backends first: what matters is what its control connection says.
-            logger.info("backend %s lost peer %s: %s", backend, name, reason)
+            self._route_lost(backend, name, reason)
+
+    async def reconnect(self, backend: Backend, name: str) -> None:
+        """Let a backend connect again to a peer that it has lost.
+
+        Raises:
+            PeerLost: there is no such peer.
+            NixlError: the backend does not reach it.
+        """
+        await backend.connect(self.get(name).infos[backend.name])
+
+    async def fence(self, backend: str, name: str, mark: bytes) -> None:
+        """Have a peer's backend fence off ops that were given up; see `Host.fence`."""
+        peer = self._parting.get(name) or self.get(name)
+        try:
+            async with asyncio.timeout(FENCE_SECONDS):
+                while (link := peer.link) is not None:
+                    error = await self._ask(link, FrameType.FENCE, backend=backend, mark=mark.hex())
+                    if error == "":
+                        return
+                    if error is not None:
+                        raise TransferError(f"peer {name!r} does not confirm that it is quiet: {error}", peer=name)
+                    if not link.superseded:
+                        break
+                    await self._replaced(peer, link)
+        except TimeoutError:
+            raise TransferError(
+                f"peer {name!r} did not confirm within {FENCE_SECONDS:g} s that it is quiet", backend=backend, peer=name
+            ) from None
+        raise PeerLost(peer.gone or f"the control connection to {name!r} ended", backend=backend, peer=name)
 
     # LinkOwner
 
@@ -351,25 +470,50 @@ class Membership:
             link.hold()
             self._spawn(self._replace(known, link))
             return
+        if name in self._going:
+            # What it is told to reach us by must not be taken back with what its life before was told.
+            link.hold()
+            self._spawn(self._tell_later(link, self._going[name]))
+            return
         self._tell(link)
 
     def link_frame(self, link: Link, kind: FrameType, payload: bytes) -> None:
         """Act on a frame of an authenticated link; see `LinkOwner`."""
         if kind is FrameType.METADATA:
-            if link.leaving:
+            if link.leaving or link in self._gathering:
                 # We have chosen the other of two connections, and this crossed with our saying so.
                 return
             announcement = decode_announcement(payload)
             if (announcement.name, announcement.incarnation) != (link.other.name, link.other.incarnation):
                 raise ProtocolError(f"{link.other.name!r} sent the metadata of {announcement.name!r}")
+            regions = {region.name: region for region in announcement.regions}
+            if announcement.more:
+                self._gathering[link] = announcement, regions
+                return
             link.hold()
-            self._spawn(self._join(link, announcement))
+            self._spawn(self._join(link, announcement, regions))
             return
         if kind is FrameType.SUPERSEDED:
             link.superseded = link.leaving = True
             link.close()
             return
+        if kind is FrameType.REGIONS and payload.startswith(_PIECE):
+            self._gather(link, payload)
+            return
+        if link in self._gathering:
+            link.keep(kind, payload)
+            return
         peer = self.peers.get(link.other.name)
+        if peer is None and kind in (FrameType.FENCE, FrameType.FENCED):
+            peer = self._parting.get(link.other.name)
+            if peer is None and link.leaving:
+                # The backends have parted from it, which is more than it asks for.
+                if kind is FrameType.FENCE:
+                    link.send(encode_json(FrameType.FENCED, {"id": decode_json(payload, id=int)["id"]}))
+                return
+        if peer is None and kind in LEASE_FRAMES and link.told:
+            # It crossed with our parting.
+            return
         if peer is None:
             raise ProtocolError(f"unexpected {kind.name} before METADATA")
         match kind:
@@ -380,28 +524,49 @@ class Membership:
                 if len(peer.regions) + len(value["added"]) > MAX_PEER_REGIONS:
                     raise ProtocolError(f"{peer.name!r} has more than {MAX_PEER_REGIONS} regions")
                 for region in read_regions(peer.name, peer.incarnation, value["added"]):
-                    peer.regions[region.name] = region
+                    known = peer.regions.get(region.name)
+                    if known is None or describe_region(known) != describe_region(region):
+                        peer.add(region)
+                peer.revision = max(peer.revision, check_revision(value.get("revision", 0)))
                 self._emit("regions", peer.name)
             case FrameType.WITHDRAW:
                 value = decode_json(payload, id=int, name=str)
-                self._spawn(self._withdrawn(link, peer, value["name"], value["id"]))
+                peer.revision = max(peer.revision, check_revision(value.get("revision", 0)))
+                # At once: the name may be given to another region in the next frame.
+                self._spawn(self._withdrawn(link, peer, peer.take(value["name"]), value["id"]))
             case FrameType.WITHDRAWN:
                 self._answer(link, decode_json(payload, id=int)["id"])
             case FrameType.LEAVE:
                 self._spawn(self._left(link, peer, decode_json(payload, id=int)["id"]))
             case FrameType.LEFT:
                 self._answer(link, decode_json(payload, id=int)["id"])
+            case FrameType.FENCE:
+                value = decode_json(payload, id=int, backend=str, mark=str)
+                self._spawn(self._fenced(link, peer, value["backend"], value["mark"], value["id"]))
+            case FrameType.FENCED:
+                value = decode_json(payload, id=int)
+                self._answer(link, value["id"], str(value.get("error", "")))
+            case kind if kind in LEASE_FRAMES:
+                self.leases.frame(peer, link, kind, payload)
+            case FrameType.VERIFY | FrameType.VERIFIED if self.verifier is not None:
+                self.verifier.link_frame(link, peer, kind, payload)
             case _:
                 raise ProtocolError(f"unexpected {kind.name}")
 
     def link_closed(self, link: Link, error: Exception | None) -> None:
         """Take note of a link's end; see `LinkOwner`."""
         self._links.discard(link)
+        self._news.pop(link, None)
+        self._gathering.pop(link, None)
         if self._server is not None:
             self._server.settled(link, error)
         for key in [key for key in self._answers if key[0] is link]:
-            self._answer(*key)
+            self._answer(*key, None)
+        if self.verifier is not None:
+            self.verifier.link_closed(link)
         peer = self.peers.get(link.other.name) if link.authenticated else None
+        if link.told and (peer is None or peer.incarnation != link.other.incarnation) and not self._closing:
+            self._spawn(self._dismiss(link.other.name, link.other.incarnation))
         if peer is None or peer.link is not link:
             return
         if link.superseded:
@@ -497,9 +662,77 @@ class Membership:
                 self._drop(peer, PeerLost(f"the connection to {peer.name!r} was not replaced", peer=peer.name), "lost")
             )
 
+    def _leased_changed(self, name: str) -> None:
+        if name in self.peers:
+            self._emit("regions", name)
+
+    def _let_go(self, region: LeasedRegion) -> None:
+        peer = self.peers.get(region.peer or "")
+        if peer is not None and peer.incarnation == region.incarnation:
+            self._spawn(self._forget(peer, region))
+
     def _tell(self, link: Link) -> None:
-        link.send(encode_frame(FrameType.METADATA, self.metadata()))
+        regions = [region for region in self.regions.values() if region.record]
+        more = len(regions) > PIECE_REGIONS
+        mine = self._name, self._incarnation, self.address, self.backends
+        to = link.other.name, link.other.incarnation
+        blob = encode_announcement(*mine, regions, self._revision, more=more, to=to)
+        link.send(encode_frame(FrameType.METADATA, blob))
         link.told = True
+        if more:
+            self._spawn(self._tell_more(link, regions))
+
+    async def _tell_more(self, link: Link, regions: list[MemoryRegion]) -> None:
+        """Send many regions a piece at a time. What is registered meanwhile is told besides; what is gone is left out."""
+        waiting = pieces(region.record for region in regions if region.record)
+        piece: bytes | None = next(waiting)
+        while piece is not None and not (link.closed or link.superseded):
+            after = next(waiting, None)
+            link.send(encode_frame(FrameType.REGIONS, b'%b%b,"last":%b}' % (_PIECE, piece, b"false" if after else b"true")))
+            piece = after
+            await asyncio.sleep(0)
+            await link.room()
+
+    def _gather(self, link: Link, payload: bytes) -> None:
+        """Take a piece of a peer's regions; with the last the peer joins."""
+        if link.leaving:
+            return
+        if link not in self._gathering:
+            raise ProtocolError("a piece of metadata comes after its end")
+        announcement, regions = self._gathering[link]
+        value = decode_json(payload, piece=list, last=bool)
+        for region in read_regions(announcement.name, announcement.incarnation, value["piece"]):
+            regions[region.name] = region
+        if len(regions) > MAX_PEER_REGIONS:
+            raise ProtocolError(f"{announcement.name!r} has more than {MAX_PEER_REGIONS} regions")
+        if value["last"]:
+            del self._gathering[link]
+            link.hold()
+            self._spawn(self._join(link, announcement, regions))
+
+    def _post(self, frame: bytes) -> list[Link]:
+        """Let a frame go to everyone who was sent the metadata, before whatever else they are sent; return who that is."""
+        links = [link for link in self._links if link.told]
+        if links and not self._news:
+            asyncio.get_running_loop().call_soon(self._send_news)
+        for link in links:
+            link.post(frame)
+            self._news[link] = None
+        return links
+
+    def _send_news(self) -> None:
+        """Send what was posted to some connections, and go on with the others in the loop's next round."""
+        for link in list(itertools.islice(self._news, LINKS_AT_ONCE)):
+            del self._news[link]
+            link.flush()
+        if self._news:
+            asyncio.get_running_loop().call_soon(self._send_news)
+
+    async def _tell_later(self, link: Link, dropped: asyncio.Future[None]) -> None:
+        await asyncio.shield(dropped)
+        if not link.closed and not self._closing:
+            self._tell(link)
+            link.unhold()
 
     async def _replace(self, known: Peer, link: Link) -> None:
         if await self._give_way(known, link) and not link.closed and not self._closing:
@@ -517,15 +750,15 @@ class Membership:
             known.link.abort()
         return True
 
-    async def _join(self, link: Link, announcement: Announcement) -> None:
+    async def _join(self, link: Link, announcement: Announcement, regions: dict[str, RemoteRegion]) -> None:
         # One at a time for each name: two connections of one peer must not both find it absent.
         lock = self._joining.setdefault(announcement.name, asyncio.Lock())
         async with lock:
-            await self._join_alone(link, announcement)
+            await self._join_alone(link, announcement, regions)
         if not lock.locked():
             self._joining.pop(announcement.name, None)
 
-    async def _join_alone(self, link: Link, announcement: Announcement) -> None:
+    async def _join_alone(self, link: Link, announcement: Announcement, regions: dict[str, RemoteRegion]) -> None:
         known = self.peers.get(announcement.name)
         if known is not None and known.incarnation == announcement.incarnation and known.link is not None:
             # Both sides dialled at once: both keep the link that the agent with the smaller name began.
@@ -535,13 +768,16 @@ class Membership:
                 return
             known.link = link
             self._tell_replaced(known)
+            self.leases.joined(known)
             self._supersede(old)
             link.joined.set_result(known) if not link.joined.done() else None
             link.unhold()
             return
         if known is not None and not await self._give_way(known, link):
             return
-        peer = Peer(announcement.name, announcement.incarnation, link=link)
+        while (going := self._going.get(announcement.name)) is not None:
+            await asyncio.shield(going)
+        peer = Peer(announcement.name, announcement.incarnation, regions, link=link, checksums=announcement.checksums)
         try:
             await self._connect_backends(peer, announcement, link.host)
         except NixlError as error:
@@ -568,8 +804,9 @@ class Membership:
             if description is None:
                 peer.refusals[backend.name] = f"peer {peer.name!r} has no such backend"
                 continue
+            peer.infos[backend.name] = PeerInfo(peer.name, peer.incarnation, description, host)
             try:
-                await backend.connect(PeerInfo(peer.name, peer.incarnation, description, host))
+                await backend.connect(peer.infos[backend.name])
             except NixlError as error:
                 peer.refusals[backend.name] = str(error)
             else:
@@ -582,38 +819,64 @@ class Membership:
                     await backend.disconnect(peer.name)
                 except NixlError as error:
                     logger.warning("backend %s failed to part from %s: %s", backend.name, peer.name, error)
+        await self._dismiss(peer.name, peer.incarnation)
+
+    async def _dismiss(self, name: str, incarnation: str) -> None:
+        """Take back what a peer was told that lets it reach our backends, unless it has another connection."""
+        who = name, incarnation
+        if any(link.told and not link.closed and (link.other.name, link.other.incarnation) == who for link in self._links):
+            return
+        for backend in self.backends:
+            if backend.remote:
+                await backend.dismiss(name, incarnation)
 
     def _admit(self, peer: Peer, announcement: Announcement) -> None:
-        peer.regions.update({region.name: region for region in announcement.regions})
+        peer.revision = announcement.revision if announcement.revision is not None else -1
         self.peers[peer.name] = peer
+        self._snapshot = None
         self._emit("joined", peer.name)
+        self.leases.joined(peer)
         for future in self._arrivals.pop(peer.name, []):
             if not future.done():
                 future.set_result(peer)
 
     def _add_regions(self, peer: Peer, announcement: Announcement) -> None:
-        added = {r.name: r for r in announcement.regions if r.name not in peer.regions}
+        if announcement.revision is not None and announcement.revision <= peer.revision:
+            # The peer has told all of it; what is not there any more it has withdrawn since.
+            return
+        added = [region for region in announcement.regions if region.name not in peer.regions]
+        for region in added:
+            peer.add(region)
         if added:
-            peer.regions.update(added)
             self._emit("regions", peer.name)
 
-    async def _ask(self, link: Link, kind: FrameType, **fields: str) -> None:
-        """Send a question and wait for its answer, or for the link's end."""
+    async def _ask(self, link: Link, kind: FrameType, **fields: str) -> str | None:
+        """Send a question and wait for its answer, or for the link's end, which is `None`."""
         self._next_id += 1
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._answers[link, self._next_id] = future
         link.send(encode_json(kind, {"id": self._next_id, **fields}))
         if link.closed:
-            self._answer(link, self._next_id)
-        await future
+            self._answer(link, self._next_id, None)
+        return await future
 
-    def _answer(self, link: Link, number: int) -> None:
+    def _answer(self, link: Link, number: int, answer: str | None = "") -> None:
         future = self._answers.pop((link, number), None)
         if future is not None and not future.done():
-            future.set_result(None)
+            future.set_result(answer)
 
-    async def _withdrawn(self, link: Link, peer: Peer, name: str, number: int) -> None:
-        region = peer.regions.pop(name, None)
+    async def _fenced(self, link: Link, peer: Peer, name: str, mark: str, number: int) -> None:
+        backend = next((one for one in self.backends if one.name == name), None)
+        answer: dict[str, Any] = {"id": number}
+        try:
+            if backend is None or name not in peer.infos:
+                raise ConfigurationError(f"it has no backend {name!r} for {peer.name!r}")
+            await backend.fence(peer.infos[name], bytes.fromhex(mark))
+        except (NixlError, ValueError) as error:
+            answer["error"] = str(error) or type(error).__name__
+        link.send(encode_json(FrameType.FENCED, answer))
+
+    async def _withdrawn(self, link: Link, peer: Peer, region: RemoteRegion | None, number: int) -> None:
         if region is not None:
             region.withdrawn = "its owner deregistered it"
             self._emit("regions", peer.name)
@@ -636,6 +899,7 @@ class Membership:
 
     async def _part(self, peer: Peer) -> None:
         link = peer.link
+        await self.leases.part(peer)
         await self._drop(peer, PeerLost(f"this agent disconnected from peer {peer.name!r}", peer=peer.name), "left")
         if link is not None:
             await self._say_leave(link)
@@ -656,14 +920,29 @@ class Membership:
         if self.peers.get(peer.name) is not peer:
             return
         del self.peers[peer.name]
+        self._snapshot = None
         peer.gone = str(error)
         self._tell_replaced(peer)
         for region in peer.regions.values():
             region.withdrawn, region.peer_gone = peer.gone, True
-        self._peer_gone(peer.name, error)
-        self._emit(kind, peer.name, peer.gone)
-        await self._peer_quiet(peer.name)
-        await self._disconnect_backends(peer)
+        if kind == "left":
+            self._parting[peer.name] = peer
+        else:
+            # What is lost confirms nothing any more.
+            for key in [key for key in self._answers if key[0] is peer.link]:
+                self._answer(*key, None)
+        going = self._going[peer.name] = asyncio.get_running_loop().create_future()
+        try:
+            self._peer_gone(peer.name, error)
+            self.leases.lost(peer)
+            self._emit(kind, peer.name, peer.gone)
+            await self._peer_quiet(peer.name)
+            await self._disconnect_backends(peer)
+        finally:
+            self._parting.pop(peer.name, None)
+            if self._going.get(peer.name) is going:
+                del self._going[peer.name]
+            going.set_result(None)
 
 
 async def _dial(host: str, port: int) -> socket.socket:

@@ -17,7 +17,10 @@ from nixl_async.dlpack import CPU, CUDA, CUDA_HOST, CUDA_MANAGED, is_capsule, ta
 from nixl_async.errors import ClosedError, DescriptorError, PeerLost, RegistrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from nixl_async.leases import Lease, Leases
+    from nixl_async.peers import Peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +198,16 @@ class MemoryRegion(Held):
         self.kind, self.device, self.readonly = buffer.kind, buffer.device, buffer.readonly
         self.keys: dict[str, bytes] = {}
         """What each backend returned from `register`; published to peers."""
+        self.record = b""
+        """What peers are told of it, as JSON; empty while it is not published."""
         self.owner: object = buffer.owner
-        self.quarantined = False
+        self.offered = True
+        """Whether every peer is told of it; one that is not is used by peers under a lease only."""
+        self.lessor: Leases | None = None
+        """What leases it, set by its agent."""
+        self.unquiet: set[Lease] = set()
+        """The leases that have ended and whose peers did not become quiet in time."""
+        self._quarantined = False
         self._close = close
         self._closing = False
         self._closer: asyncio.Future[None] | None = None
@@ -206,24 +217,67 @@ class MemoryRegion(Held):
         """Whether the region is deregistered, or about to be."""
         return self._closing
 
+    @property
+    def quarantined(self) -> bool:
+        """Whether bytes may still move in it, of a failed transfer or of a peer whose lease has ended: do not reuse it."""
+        return self._quarantined or bool(self.unquiet)
+
+    @quarantined.setter
+    def quarantined(self, value: bool) -> None:
+        self._quarantined = value
+
     def check_usable(self) -> None:
         """Raise `ClosedError` when the region is deregistered or quarantined."""
         if self._closing:
             raise ClosedError(f"region {self.name!r} is deregistered")
-        if self.quarantined:
+        if self._quarantined:
             raise ClosedError(f"region {self.name!r} is quarantined: bytes of a failed transfer may still move in it")
+        if self.unquiet:
+            peers = ", ".join(sorted({repr(lease.peer) for lease in self.unquiet}))
+            raise ClosedError(f"region {self.name!r} is quarantined: {peers} may still use it though the lease has ended")
+
+    async def lease(
+        self,
+        peer: str | Peer,
+        seconds: float,
+        *,
+        writable: bool = True,
+        backends: Sequence[str] | None = None,
+        drain_seconds: float = 5.0,
+    ) -> Lease:
+        """Let one peer use the region for `seconds`, and on for as long as it renews that, which its agent does by itself.
+
+        The region must be registered with `offered=False`. Returns once the peer has it as `peer.region(name)`. `backends`: by
+        which it may be used (default: the first that reaches the peer, and those that can refuse a peer). `drain_seconds`: how
+        long the peer may take to become quiet after the lease has ended before the region counts as quarantined.
+
+        Raises:
+            ConfigurationError: the region is offered to all, or leased to that peer already, or an argument is wrong.
+            NoRoute: no backend can lend the region to that peer.
+            PeerLost: the peer is not connected, or went before it took the lease.
+        """
+        if self.lessor is None:
+            raise ClosedError(f"region {self.name!r} belongs to no agent")
+        return await self.lessor.lease(self, peer, seconds, writable=writable, backends=backends, drain_seconds=drain_seconds)
 
     async def aclose(self) -> None:
-        """Deregister: refuse new transfers, wait for those that hold the region, tell peers. Idempotent.
+        """Deregister: refuse new transfers, end leases, wait for those that hold the region, tell peers. Idempotent.
 
         Cancelling it leaves the deregistration going on; another call waits for its end.
+
+        Raises:
+            Quarantined: a peer that it was leased to is not quiet; the region stays registered. Call again after `lease.quiet()`.
         """
         self._closing = True
-        if self._closer is None:
+        if self._closer is None or (
+            self._closer.done() and not self._closer.cancelled() and self._closer.exception() is not None
+        ):
             self._closer = asyncio.ensure_future(self._deregister())
         await asyncio.shield(self._closer)
 
     async def _deregister(self) -> None:
+        if self.lessor is not None:
+            await self.lessor.end_all(self)
         if not self.quarantined:
             await self.wait_unused()
         await self._close(self)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nixl_async.backend import Backend
 from nixl_async.costs import Prediction
 from nixl_async.descriptors import Plan, Region
 from nixl_async.errors import NoRoute
+from nixl_async.leased import not_leased
 from nixl_async.membership import Membership
+from nixl_async.outages import Outage
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,7 @@ class Explanation:
     """Which backend would move bytes between two places and `how`, and why the others would not.
 
     `costs`: what it should take by each way of that backend, with the numbers learnt so far; the way it would choose comes first.
+    `outages`: of the routes, those that have lost the peer at present, and why; they come last.
     """
 
     route: str | None
@@ -26,13 +29,19 @@ class Explanation:
     nbytes: int
     how: str = ""
     costs: tuple[Prediction, ...] = ()
+    outages: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         way = f" ({self.how})" if self.how else ""
         chosen = f"by {self.route}{way}" if self.route else "no route"
         lines = [f"{self.nbytes} bytes in {self.segments} segments: {chosen}"]
         lines += [f"  {'expected' if cost is self.costs[0] else 'otherwise'}: {cost}" for cost in self.costs]
-        lines += [f"  {name}: next in line" for name in self.routes[1:]]
+        if self.route is not None and self.route in self.outages:
+            lines.append(f"  {self.route}: down: {self.outages[self.route]}")
+        lines += [
+            f"  {name}: {f'down: {self.outages[name]}' if name in self.outages else 'next in line'}"
+            for name in self.routes[1:]
+        ]
         lines += [f"  {name}: no: {why}" for name, why in self.refusals.items()]
         return "\n".join(lines)
 
@@ -47,8 +56,10 @@ class Router:
         # The last route found: regions of both sides, the peer's backends then, and the backends that can copy between them.
         self._routed: tuple[tuple[tuple[Region, ...], tuple[Region, ...]], frozenset[str], tuple[str, ...]] | None = None
 
-    def explain(self, plan: Plan, forced: str | None = None) -> Explanation:
-        """Ask every backend; `forced` refuses all but one."""
+    def explain(
+        self, plan: Plan, forced: str | None = None, *, outages: Mapping[str, Outage] | None = None, now: float = 0.0
+    ) -> Explanation:
+        """Ask every backend; `forced` refuses all but one. `outages` are the peer's at the time `now`."""
         refusals = dict(self.unavailable)
         if plan.src.peer is not None and plan.dst.peer is not None:
             both = f"both sides are peers' ({plan.src.peer!r}, {plan.dst.peer!r}); one side must be this agent's"
@@ -60,7 +71,8 @@ class Router:
             if peer is not None and backend.name not in peer.backends and not backend.relays:
                 why: str | None = peer.refusals.get(backend.name, "it reaches no peers")
             else:
-                why = backend.refusal(plan.src, plan.dst)
+                why = not_leased(backend.name, plan.src, plan.dst) if not backend.relays else None
+                why = why or backend.refusal(plan.src, plan.dst)
             if why is None and forced in (None, backend.name):
                 routes.append(backend.name)
             else:
@@ -68,11 +80,13 @@ class Router:
         segments = len(plan.lengths)
         if not routes:
             return Explanation(None, (), refusals, segments, plan.nbytes)
+        down = {name: _describe(outage, now) for name, outage in (outages or {}).items() if name in routes}
+        routes.sort(key=lambda name: name in down)
         chosen = self.backends[routes[0]]
         costs = chosen.predict(plan)
         # A backend that tells what its ways cost need not tell which one it takes.
         how = chosen.how(plan.src, plan.dst) or (costs[0].way if costs else "")
-        return Explanation(routes[0], tuple(routes), refusals, segments, plan.nbytes, how, costs)
+        return Explanation(routes[0], tuple(routes), refusals, segments, plan.nbytes, how, costs, down)
 
     def routes(self, plan: Plan, forced: str | None) -> tuple[str, ...]:
         """Return the backends that can copy a plan, the preferred first.
@@ -88,7 +102,8 @@ class Router:
             found = tuple(
                 name
                 for name, one in self.backends.items()
-                if (name in peer.backends or one.relays) and one.refusal(plan.src, plan.dst) is None
+                if (one.relays or (name in peer.backends and not_leased(name, plan.src, plan.dst) is None))
+                and one.refusal(plan.src, plan.dst) is None
             )
             if found:
                 self._routed = (plan.src.regions, plan.dst.regions), frozenset(peer.backends), found
@@ -99,3 +114,8 @@ class Router:
             places = f"from {plan.src.regions[0]!r} to {plan.dst.regions[0]!r}"
             raise NoRoute(f"no backend can copy {places}: {why}", explained.refusals)
         return explained.routes
+
+
+def _describe(outage: Outage, now: float) -> str:
+    again = "it is being tried again" if outage.again_at is None else f"tried again in {max(0.0, outage.again_at - now):.3g} s"
+    return f"{outage.reason}; failed {now - outage.since:.3g} s ago, {again}"

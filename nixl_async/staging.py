@@ -10,17 +10,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 import mmap
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nixl_async import checksums
 from nixl_async.arena import PAGE_NBYTES, Arena
 from nixl_async.backend import Backend, Host, Limits, Op, quiesce
 from nixl_async.cuda import pin, unpin
-from nixl_async.descriptors import MemoryKind, Side
+from nixl_async.descriptors import MemoryKind, Plan, Side
 from nixl_async.errors import BackendError, ConfigurationError, NixlError
+from nixl_async.leased import not_leased
 from nixl_async.memory import MemoryRegion, open_buffer
 from nixl_async.relay import Relay
+
+if TYPE_CHECKING:
+    from nixl_async.descriptors import Array
 
 BUFFER_NBYTES = 16 << 20
 N_BUFFERS = 4
@@ -116,7 +123,7 @@ class StagingBackend(Backend):
         if self._host is None:
             return None
         for backend in self._host.backends.values():
-            if backend is not self and backend.refusal(src, dst) is None:
+            if backend is not self and not_leased(backend.name, src, dst) is None and backend.refusal(src, dst) is None:
                 return backend
         return None
 
@@ -134,6 +141,38 @@ class StagingBackend(Backend):
         vram = next((side for side in (op.plan.src, op.plan.dst) if side.kind is MemoryKind.VRAM), None)
         arena = await self._memory(None if vram is None else vram.regions[0].device)
         await Relay(op, first, second, arena, self.buffer_nbytes, self.n_buffers, self._op_ids).run()
+
+    def why_not_read(self, side: Side) -> str | None:
+        """Return why `read` cannot read ranges of up to `PAGE_NBYTES` of `checksums` from local storage, or `None` if it can."""
+        if self.buffer_nbytes * self.n_buffers < checksums.PAGE_NBYTES:
+            return f"the staging buffers have less than {checksums.PAGE_NBYTES} bytes together"
+        return None if self._find(side, _probe()) is not None else f"no backend can read {side.regions[0]!r}"
+
+    @asynccontextmanager
+    async def read(self, side: Side, lengths: Array) -> AsyncIterator[Array]:
+        """Read ranges of local storage into one stretch of the block; yield at which address each is while the block lasts.
+
+        They must fit the buffers together. When cancelled, it waits until nothing is read any more.
+
+        Raises:
+            TransferError: they cannot be read.
+        """
+        backend = self._find(side, _probe())
+        if backend is None:
+            raise BackendError("a backend that this route needs is gone", backend=self.name)
+        arena = await self._memory(None)
+        ends = np.cumsum(lengths)
+        joined = side.addresses[1:] == side.addresses[:-1] + lengths[:-1]
+        if side.index is not None:
+            joined &= side.index[1:] == side.index[:-1]
+        firsts = np.flatnonzero(np.concatenate(([True], ~joined)))
+        async with arena.lend(int(ends[-1])) as address:
+            places = address + ends - lengths
+            merged = np.add.reduceat(lengths, firsts)
+            plan = Plan(side.choose(firsts), Side(arena.region.alone, places[firsts]), merged, int(ends[-1]), ())
+            for piece in plan.split(backend.limits.max_op_nbytes, backend.limits.max_op_segments):
+                await backend.copy(Op(next(self._op_ids), piece, None, False))
+            yield places
 
     async def _memory(self, device: int | None) -> Arena:
         """Make the block when it is first used, and pin it when a CUDA device first copies to or from it."""

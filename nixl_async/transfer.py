@@ -123,8 +123,10 @@ class TransferRecord:
     `routes` are the backends still to be tried, the current one first; `pieces` is the plan cut to that one's limits, of which
     `taken` pieces and `taken_nbytes` bytes have been given to it; `again` holds what must be sent another time or was cut finer,
     as (first byte, plan), the next one last. `ops` are the ids of those in flight, one for each of its pieces; `solo` keeps the
-    transfer out of batches, so that a failure can be told to be its own; `waits_in` is the queue's. `history` has three moves at
-    most.
+    transfer out of batches, so that a failure can be told to be its own; `waits_in` is the queue's. `retries` counts those since
+    bytes of it arrived last, `resent` everything that was sent again, `tried` lists the routes that failed. `stranded` is why what
+    is left has no route at present. `check` says how both sides are to be compared once the bytes are there, if they are. `history`
+    has three moves at most.
     """
 
     id: int
@@ -143,12 +145,16 @@ class TransferRecord:
     error: BaseException | None = None
     attempts: int = 0
     retries: int = 0
+    resent: int = 0
+    tried: tuple[str, ...] = ()
+    stranded: BaseException | None = None
     ops: tuple[int, ...] = ()
     nbytes_done: int = 0
     taken: int = 0
     taken_nbytes: int = 0
     again: list[tuple[int, Plan]] | None = None
     solo: bool = False
+    check: Any = None
     waits_in: Any = None
     cancel_requested: bool = False
     history: tuple[tuple[float, str, str, str], ...] = ()

@@ -21,9 +21,11 @@ from typing import Any, TypeAlias
 from nixl_async.errors import AuthenticationError, ProtocolError
 from nixl_async.notifications import MAX_NOTIFICATION_NBYTES
 
-PROTOCOL = "nixl-async/2"
+PROTOCOL = "nixl-async/3"
 MAX_GREETING_NBYTES = 4096
 MAX_FRAME_NBYTES = 256 << 20
+MAX_METADATA_NBYTES = 4 << 20
+"""The largest METADATA or REGIONS frame: reading one takes a few milliseconds. Many regions travel in many."""
 MAX_SMALL_NBYTES = 64 << 10
 MAX_NAME_NBYTES = 255
 MAX_INCARNATION_NBYTES = 64
@@ -40,11 +42,11 @@ class FrameType(enum.IntEnum):
     PROOF = 2
     """The sender's HMAC, 32 bytes."""
     METADATA = 3
-    """The sender's whole metadata blob."""
+    """The sender's metadata blob; where its record says `more`, the regions follow in REGIONS frames."""
     REGIONS = 4
-    """JSON: regions that were added to the metadata sent before."""
+    """JSON: regions `added` to the metadata sent before, and its `revision`; or a `piece` of it, perhaps the `last`."""
     WITHDRAW = 5
-    """JSON: `id` and `name` of a region that the sender deregisters; answered by WITHDRAWN when quiet."""
+    """JSON: `id`, `name` of a region that the sender deregisters, `revision`; answered by WITHDRAWN when quiet."""
     WITHDRAWN = 6
     """JSON: `id`; no transfer of the sender touches that region any more."""
     NOTIFY = 7
@@ -63,18 +65,39 @@ class FrameType(enum.IntEnum):
     """Up to eight bytes; answered by a PONG with the same."""
     PONG = 14
     """The sender's program is alive."""
+    FENCE = 15
+    """JSON: `id`, `backend` and `mark` (hex) of ops that the sender has given up; answered by FENCED."""
+    FENCED = 16
+    """JSON: `id`; nothing more is written for those ops. Or with `error`: why that is not certain."""
+    VERIFY = 17
+    """Asks for checksums of byte ranges of the receiver's regions; see `checksums`. Only to who announced that it knows it."""
+    VERIFIED = 18
+    """Those checksums, or why there are none."""
+    LEASE = 20
+    """JSON: `id`, `seconds` and `region`, which the receiver alone may use; answered by LEASED."""
+    LEASED = 21
+    """JSON: `id`; the sender may use that region from when it took the LEASE."""
+    RENEW = 22
+    """JSON: `number` and `through`: the sender goes on using what it holds of the leases up to that id; answered by RENEWED."""
+    RENEWED = 23
+    """JSON: `number`; the seconds of those leases count from when the RENEW of that number was sent."""
+    REVOKE = 24
+    """JSON: `ids` of leases that have ended; answered by a QUIET for each once no transfer of the receiver touches its region."""
+    QUIET = 25
+    """JSON: `ids`; no transfer of the sender touches those regions any more, and none will."""
 
 
 _MAX_NBYTES = {
     FrameType.HELLO: MAX_GREETING_NBYTES,
     FrameType.PROOF: hashlib.sha256().digest_size,
-    FrameType.METADATA: MAX_FRAME_NBYTES,
-    FrameType.REGIONS: MAX_FRAME_NBYTES,
+    FrameType.METADATA: MAX_METADATA_NBYTES,
+    FrameType.REGIONS: MAX_METADATA_NBYTES,
     FrameType.NOTIFY: MAX_NOTIFICATION_NBYTES,
     FrameType.CREDIT: 8,
     FrameType.REFUSED: MAX_GREETING_NBYTES,
     FrameType.PING: 8,
     FrameType.PONG: 8,
+    FrameType.VERIFY: 256 << 10,
 }
 """The largest payload of each kind of frame; of the others, MAX_SMALL_NBYTES."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nixl_async import Agent, LayerPlan, MemoryRegion, Peer
+from nixl_async import Agent, LayerPlan, MemoryRegion, Peer, RemoteRegion
 from nixl_async.testing import pattern
 
 TOKEN = "a token that only the tests know"
@@ -116,6 +116,8 @@ def main() -> None:
 
 async def _serve(setup: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
+    # What is to be absent, as if it were not installed.
+    sys.modules.update(dict.fromkeys(setup.get("without", [])))  # type: ignore[arg-type]
     memory = pattern(setup["nbytes"], setup["seed"])
     async with Agent(
         setup["name"], token=setup["token"], backends=setup.get("backends"), discovery=setup.get("discovery")
@@ -140,6 +142,8 @@ async def _obey(agent: Agent, region: MemoryRegion, memory: Any, order: dict[str
             return {"digest": hashlib.sha256(memory).hexdigest()}
         case "fill":
             memory[:] = pattern(len(memory), order["seed"])
+        case "flip":
+            memory[order["at"]] ^= 0xFF
         case "connect":
             peer = await agent.connect((order["host"], order["port"]))
             return {"peer": peer.name, "regions": sorted(peer.regions)}
@@ -153,6 +157,13 @@ async def _obey(agent: Agent, region: MemoryRegion, memory: Any, order: dict[str
             sides = (region, theirs) if order["put"] else (theirs, region)
             result = await agent.transfer(*sides, notify=order.get("notify", "").encode() or None)
             return {"nbytes": result.nbytes, "route": result.route}
+        case "flood":
+            theirs = agent.peers[order["peer"]].region(order["region"])
+            _floods.append(asyncio.create_task(_flood(agent, region, theirs)))
+        case "flooded":
+            return await _floods.pop()
+        case "held":
+            return {"held": sorted(agent.peers[order["peer"]].regions) if order["peer"] in agent.peers else None}
         case "push":
             n, theirs = order["nbytes"], agent.peers[order["peer"]].region(order["region"])
             cuts = [slice(at, at + n) for at in range(0, order["count"] * n, n)]
@@ -175,6 +186,20 @@ async def _obey(agent: Agent, region: MemoryRegion, memory: Any, order: dict[str
         case "leave":
             return None
     return {"done": order["do"]}
+
+
+_floods: list[asyncio.Task[dict[str, Any]]] = []
+
+
+async def _flood(agent: Agent, region: MemoryRegion, theirs: RemoteRegion) -> dict[str, Any]:
+    """Put on and on until it fails; return how often it did not, and the error."""
+    count = 0
+    try:
+        while True:
+            await agent.transfer(region, theirs)
+            count += 1
+    except Exception as error:
+        return {"count": count, "error": type(error).__name__, "text": str(error)}
 
 
 def _say(**message: Any) -> None:

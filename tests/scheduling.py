@@ -9,7 +9,7 @@ from typing import Any
 from nixl_async.backend import Limits, Op
 from nixl_async.descriptors import MemoryKind, Region, make_plan
 from nixl_async.memory import Buffer, MemoryRegion, RemoteRegion
-from nixl_async.scheduler import Action, Finish, Scheduler, Start, Stop
+from nixl_async.scheduler import Action, Finish, Scheduler, Start, Stop, Verify
 from nixl_async.transfer import TrafficClass, TransferRecord
 
 SPACE = 32
@@ -40,6 +40,7 @@ def make_record(
     traffic_class: TrafficClass = TrafficClass.NORMAL,
     page_nbytes: int = 0,
     order: Iterable[int] = (),
+    check: object = None,
 ) -> TransferRecord:
     """Make a transfer of `nbytes` bytes in a row, or, with `page_nbytes`, of source pages in `order` to ascending ones."""
     base = (number + 1) << SPACE
@@ -54,7 +55,7 @@ def make_record(
     routes = tuple(limits) if routes is None else routes
     limit = limits[routes[0]]
     pieces = list(plan.split(limit.max_op_nbytes, limit.max_op_segments)) if plan.nbytes else []
-    return TransferRecord(number, plan, pieces, routes, peer, put, priority, deadline, traffic_class)
+    return TransferRecord(number, plan, pieces, routes, peer, put, priority, deadline, traffic_class, check=check)
 
 
 class Bench:
@@ -69,6 +70,7 @@ class Bench:
         self.running: dict[int, tuple[str, Op]] = {}
         self.started: list[tuple[str, Op]] = []
         self.stopped: list[int] = []
+        self.verifying: dict[int, TransferRecord] = {}
         self.finished: list[TransferRecord] = []
         self._numbers = itertools.count(1)
 
@@ -85,6 +87,8 @@ class Bench:
                     self.started.append((backend, op))
                 case Stop(op_id):
                     self.stopped.append(op_id)
+                case Verify(op_id, record):
+                    self.verifying[op_id] = record
                 case Finish(record):
                     self.finished.append(record)
         if self.checked:
@@ -100,6 +104,11 @@ class Bench:
         chosen = next(iter(self.running)) if op_id is None else op_id
         del self.running[chosen]
         return self.take(self.scheduler.op_failed(chosen, error, self.now))
+
+    def verified(self, error: BaseException | None = None, op_id: int | None = None) -> list[Action]:
+        chosen = next(iter(self.verifying)) if op_id is None else op_id
+        del self.verifying[chosen]
+        return self.take(self.scheduler.verified(chosen, error, self.now))
 
     def cancel(self, record: TransferRecord) -> list[Action]:
         return self.take(self.scheduler.cancel(record.id, self.now))

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nixl_async import Agent, AuthenticationError, ProtocolError
+from nixl_async.checksums import RANGE, Request, decode_answer, decode_request, encode_refusal, encode_sums
 from nixl_async.layers.exchanges import PREFIX
 from nixl_async.metadata import Metadata, Section, decode, decode_notification, encode, encode_notification
 from nixl_async.peers import decode_announcement, describe_regions, encode_announcement, read_regions
@@ -102,7 +103,9 @@ def _regions() -> list[dict[str, Any]]:
 REGIONS = _regions()
 STOCK = encode(Metadata("stock", {"UCX": b"\x01" * 40}, [Section("UCX", 0, [(4096, 64, 0, b"key"), (8192, 64, 0, b"k")])]))
 OURS = encode_announcement("far", "1", ("127.0.0.1", 7000), [], [])
-RECORD = {"version": 1, "incarnation": "1", "control": ["h", 7], "backends": {"tcp": "00"}, "regions": REGIONS}
+RECORD = {
+    "version": 1, "incarnation": "1", "control": ["h", 7], "backends": {"tcp": "00"}, "regions": REGIONS, "checksums": ["xxh3"],
+}  # fmt: skip
 LAYERS = [
     {"t": "open", "x": 1, "m": True, "k": "push", "r": "request 7", "n": 4, "have": [1], "window": True},
     {"t": "open", "x": 2, "m": True, "k": "pull", "r": "request 8", "n": 4, "have": []},
@@ -119,7 +122,15 @@ MESSAGES: list[tuple[FrameType, Any]] = [
     (FrameType.WITHDRAW, {"id": 1, "name": "kv0"}),
     (FrameType.WITHDRAWN, {"id": 1}),
     (FrameType.LEFT, {"id": 1}),
+    (FrameType.LEASE, {"id": 1, "seconds": 1.0, "region": REGIONS[0]}),
+    (FrameType.LEASED, {"id": 1}),
+    (FrameType.RENEW, {"number": 1, "through": 7}),
+    (FrameType.RENEWED, {"number": 1}),
+    (FrameType.REVOKE, {"ids": [1, 2]}),
+    (FrameType.QUIET, {"ids": [1, 2]}),
 ]
+QUESTION = Request("crc32c", [(4096, "kv"), (8192, "kv2")], np.array([(0, 64, 0), (1, 4096, 128), (0, 1, 4095)], RANGE))
+ANSWERS = [encode_sums(1, np.arange(3, dtype=np.uint64)), encode_refusal(2, "it has no region 'kv'")]
 
 
 def _announce(rng: random.Random) -> bytes:
@@ -165,6 +176,8 @@ READERS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[random.Rand
         lambda rng: mutate(rng, encode_notification("far", b"layer 0")),
         lambda _, data: decode_notification(data),
     ),
+    "questions for checksums": (lambda rng: mutate(rng, QUESTION.encode(7)), lambda _, data: decode_request(data)),
+    "checksums": (lambda rng: mutate(rng, rng.choice(ANSWERS)), lambda _, data: decode_answer(data)),
 }
 READERS_NBYTES = 5_000_000
 
@@ -237,7 +250,15 @@ def test_greetings_with_any_value_anywhere(changes: dict[str, Any]) -> None:
 @settings(max_examples=300)
 @given(st.binary(max_size=500))
 def test_any_bytes_are_metadata_or_refused(data: bytes) -> None:
-    for read in (decode, decode_announcement, decode_notification, Greeting.decode, decode_json):
+    for read in (
+        decode,
+        decode_announcement,
+        decode_notification,
+        Greeting.decode,
+        decode_json,
+        decode_request,
+        decode_answer,
+    ):
         for start in (b"", b"nixlSerDes|"):
             with contextlib.suppress(ProtocolError):
                 read(start + data)
@@ -344,6 +365,9 @@ def _frame(rng: random.Random) -> bytes:
     if rng.random() < 0.8:
         # Of these none ends the connection, whatever they hold.
         return encode_frame(FrameType.NOTIFY, PREFIX + mutate_json(rng, rng.choice(LAYERS)))
+    if rng.random() < 0.1:
+        kind = rng.choice([FrameType.VERIFY, FrameType.VERIFIED])
+        return encode_frame(kind, mutate(rng, QUESTION.encode(7) if kind is FrameType.VERIFY else rng.choice(ANSWERS)))
     kind, value = rng.choice(MESSAGES)
     if rng.random() < 0.9:
         return encode_json(kind, value)
@@ -381,3 +405,5 @@ def test_what_is_written_is_read_again() -> None:
     assert decode_announcement(STOCK).stock
     assert decode_announcement(OURS).name == "far"
     assert describe_regions([]) == []
+    assert len(decode_request(QUESTION.encode(7))[1].ranges) == 3
+    assert [number for number, _ in map(decode_answer, ANSWERS)] == [1, 2]

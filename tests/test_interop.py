@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nixl_async import Agent, PeerLost
+from nixl_async import Agent, ConfigurationError, PeerLost
 from nixl_async.testing import pattern
 from tests.agents import ROOT
 
@@ -90,6 +90,14 @@ async def test_we_read_and_write_a_stock_agents_memory() -> None:
         expected[pages[::-1]] = sent.reshape(-1, 4096)[pages]
         answer = await nixl.order("bytes", start=0, stop=NBYTES)
         assert bytes.fromhex(answer["bytes"]) == expected.tobytes()
+
+
+async def test_what_a_stock_agent_holds_cannot_be_verified() -> None:
+    async with stock() as nixl, Agent("ours", backends=["ucx"]) as agent:
+        region = await agent.register(np.zeros(NBYTES, np.uint8))
+        peer = await agent.add_peer(nixl.metadata)
+        with pytest.raises(ConfigurationError, match="'stock' is a stock NIXL agent"):
+            await agent.transfer(region, peer.at(nixl.address, NBYTES), verify="crc32c")
 
 
 async def test_a_stock_agent_reads_and_writes_ours() -> None:

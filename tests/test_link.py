@@ -213,3 +213,64 @@ async def test_a_side_that_says_nothing_is_dropped() -> None:
     await writer.wait_closed()
     server.close()
     await server.wait_closed()
+
+
+async def test_what_is_posted_goes_before_what_is_sent_and_at_the_latest_when_flushed() -> None:
+    async with two_links() as (link, near, _, far):
+        await asyncio.gather(near.authenticated.wait(), far.authenticated.wait())
+        link.post(encode_frame(FrameType.REGIONS, b"1"))
+        link.post(encode_frame(FrameType.REGIONS, b"2"))
+        assert link.notify_nowait(b"3")
+        link.flush()
+        link.post(encode_frame(FrameType.REGIONS, b"4"))
+        link.flush()
+        while len(far.frames) < 4:
+            far.arrived.clear()
+            await far.arrived.wait()
+        assert [payload for _, payload in far.frames] == [b"1", b"2", b"3", b"4"]
+
+
+async def test_what_is_kept_is_delivered_first_and_counted_once() -> None:
+    async with two_links() as (link, near, other, far):
+        await asyncio.gather(near.authenticated.wait(), far.authenticated.wait())
+        for number in range(3):
+            await link.notify(b"%d" % number)
+        while len(far.frames) < 3:
+            far.arrived.clear()
+            await far.arrived.wait()
+        kept, far.frames = far.frames, []
+        unread = other._unread
+        for kind, payload in kept[:2]:
+            other.keep(kind, payload)
+        other.hold()
+        await link.notify(b"last")
+        other.unhold()
+        while len(far.frames) < 3:
+            far.arrived.clear()
+            await far.arrived.wait()
+        assert [payload for _, payload in far.frames] == [b"0", b"1", b"last"]
+        assert other._unread == unread + len(b"last") + OVERHEAD_NBYTES
+
+
+async def test_room_is_waited_for_while_the_other_side_does_not_read() -> None:
+    async with two_links() as (link, near, other, far):
+        await asyncio.gather(near.authenticated.wait(), far.authenticated.wait())
+        await link.room()
+        other.hold()
+        for _ in range(64):
+            link.send(encode_frame(FrameType.REGIONS, bytes(1 << 20)))
+        waiting = asyncio.ensure_future(link.room())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        other.unhold()
+        async with asyncio.timeout(20):
+            await waiting
+        # And the end of the connection ends the wait.
+        other.hold()
+        for _ in range(64):
+            link.send(encode_frame(FrameType.REGIONS, bytes(1 << 20)))
+        waiting = asyncio.ensure_future(link.room())
+        await asyncio.sleep(0)
+        other.abort()
+        async with asyncio.timeout(20):
+            await waiting

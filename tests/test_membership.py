@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import numpy as np
 import pytest
 
-from nixl_async import Agent, BackendError, ClosedError, ConfigurationError, PeerLost
+from nixl_async import (
+    Agent,
+    BackendError,
+    ClosedError,
+    ConfigurationError,
+    DescriptorError,
+    PeerLost,
+    TransferError,
+    membership,
+)
 from nixl_async.backends.memory import MemoryBackend
 from nixl_async.memory import RemoteRegion
-from tests.agents import TOKEN, connect, known, two_agents
+from nixl_async.peers import decode_announcement
+from tests.agents import TOKEN, agent_process, connect, known, two_agents
 
 
 def _has_ipv6() -> bool:
@@ -34,6 +45,31 @@ async def test_both_dial_at_once_and_keep_one_connection() -> None:
                 assert (await anext(b.notifications())).payload == b"one"
                 assert (await anext(a.notifications())).payload == b"two"
             assert (a.statistics().peers, b.statistics().peers) == (1, 1)
+
+
+async def test_a_name_that_is_taken_again_at_once_is_another_region() -> None:
+    async with two_agents(backends=["memory"]) as (a, b, peer):
+        old = await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        remote = peer.region("kv")
+        # As a transfer that is under way does.
+        remote.hold()
+        closing = asyncio.ensure_future(old.aclose())
+        while not old.closed or "kv" in b._membership.regions:
+            await asyncio.sleep(0)
+        new = await b.register(np.zeros(4096, np.uint8), name="kv")
+        events = a.membership()
+        async with asyncio.timeout(10):
+            while peer.regions.get("kv") in (None, remote):
+                await anext(events)
+        assert peer.region("kv").address == new.address
+        assert remote.withdrawn
+        await asyncio.wait([closing], timeout=0.05)
+        assert not closing.done()
+        remote.release()
+        async with asyncio.timeout(10):
+            await closing
+        assert peer.region("kv").address == new.address
 
 
 async def test_connecting_twice_gives_the_same_peer() -> None:
@@ -174,6 +210,82 @@ async def test_ones_own_metadata_is_refused() -> None:
             await a.add_peer(a.metadata())
 
 
+async def test_old_metadata_brings_nothing_back_that_was_withdrawn() -> None:
+    async with two_agents(backends=["memory"]) as (a, b, peer):
+        kept = await b.register(np.zeros(8, np.uint8), name="kept")
+        gone = await b.register(np.zeros(8, np.uint8), name="gone")
+        await known(a, peer, "gone")
+        old = b.metadata()
+        await gone.aclose()
+        assert set(peer.regions) == {"kept"}
+        for blob in (old, b.metadata([kept, gone])):
+            assert await a.add_peer(blob) is peer
+            assert set(peer.regions) == {"kept"}
+        # What is new in it is there at once, though its own message has not been read yet.
+        await b.register(np.zeros(8, np.uint8), name="fresh")
+        await a.add_peer(b.metadata())
+        assert set(peer.regions) == {"kept", "fresh"}
+        fresh = peer.region("fresh")
+        await a.wait_peer("b")
+        await b.notify("a", b"after")
+        await anext(a.notifications())
+        assert peer.region("fresh") is fresh
+
+
+async def test_a_name_that_is_given_away_again_at_once_means_the_new_region() -> None:
+    async with two_agents(backends=["memory"]) as (a, b, peer):
+        first = await b.register(np.zeros(8, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        closing = asyncio.create_task(first.aclose())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        second = await b.register(np.zeros(16, np.uint8), name="kv")
+        await closing
+        await b.notify("a", b"after")
+        await anext(a.notifications())
+        assert (peer.region("kv").address, peer.region("kv").nbytes) == (second.address, 16)
+
+
+async def test_very_many_regions_are_told_in_pieces_that_hold_nobody_up() -> None:
+    count, memory = 5000, np.zeros((5002, 8), np.uint8)
+    async with Agent("a", token=TOKEN, backends=["memory"]) as a, Agent("b", token=TOKEN, backends=["memory"]) as b:
+        regions = [await b.register(memory[number], name=f"r{number}") for number in range(count)]
+        joining = asyncio.create_task(a.connect(await b.serve()))
+        while not any(link.told for link in b._membership._links):
+            await asyncio.sleep(0)
+        # What happens before all is told comes in its place.
+        withdrawing = asyncio.create_task(regions[-1].aclose())
+        await b.register(memory[count], name="late")
+        assert not joining.done()
+        noting = asyncio.create_task(b.notify("a", b"early")) if "a" in b.peers else None
+        peer = await joining
+        await withdrawing
+        await known(a, peer, "late")
+        assert len(peer.regions) == count
+        assert "r4999" not in peer.regions
+        if noting is not None:
+            await noting
+            assert (await anext(a.notifications())).payload == b"early"
+        assert peer.at(regions[3000].address, 8).region is peer.region("r3000")
+        await regions[3000].aclose()
+        await b.register(memory[count + 1], name="last")
+        await known(a, peer, "last")
+        assert peer.at(memory[count + 1].ctypes.data, 8).region is peer.region("last")
+        with pytest.raises(DescriptorError):
+            peer.at(memory[3000].ctypes.data, 8)
+        blob = b.metadata()
+        assert {region.name for region in decode_announcement(blob).regions} == set(peer.regions)
+        async with Agent("c", token=TOKEN, backends=["memory"]) as c:
+            assert len((await c.add_peer(blob)).regions) == count
+            # It has as many to tell as it is told.
+            for number in range(count):
+                await c.register(memory[number])
+            await c.disconnect("b")
+            assert len((await c.connect(b.address)).regions) == count
+            async with asyncio.timeout(10):
+                assert len((await b.wait_peer("c")).regions) == count
+
+
 class Keeping(MemoryBackend):
     """Notes what it is told to forget, and whether an op still used it."""
 
@@ -206,3 +318,61 @@ async def test_backends_let_go_of_a_region_before_its_owner_does() -> None:
         # One that fails keeps nobody waiting.
         await second.aclose()
         assert keeping.forgotten == [("first", 0), ("second", 0)]
+
+
+# Fences.
+
+
+async def test_a_fence_is_confirmed_or_says_why_not() -> None:
+    async with two_agents(backends=["tcp", "samehost"]) as (a, b, _):
+        members = a._membership
+        await members.fence("tcp", "b", b"123456")
+        with pytest.raises(TransferError, match=r"does not confirm that it is quiet: .* names no connection: b'x'"):
+            await members.fence("tcp", "b", b"x")
+        with pytest.raises(TransferError, match="'samehost' cannot fence off"):
+            await members.fence("samehost", "b", b"1")
+        with pytest.raises(TransferError, match="no backend 'ucx'"):
+            await members.fence("ucx", "b", b"1")
+        with pytest.raises(PeerLost, match="no peer is called 'z'"):
+            await members.fence("tcp", "z", b"1")
+        # The other side's transfers go on meanwhile.
+        assert set(b.peers) == {"a"}
+
+
+async def test_a_fence_ends_with_the_peer() -> None:
+    async with agent_process("far", backends=["tcp"]) as far, Agent("near", token=TOKEN, backends=["tcp"]) as near:
+        await near.connect(far.address)
+        far.stop()
+        asking = asyncio.create_task(near._membership.fence("tcp", "far", b"1"))
+        await asyncio.sleep(0)
+        far.kill()
+        with pytest.raises(PeerLost):
+            async with asyncio.timeout(10):
+                await asking
+
+
+async def test_a_peer_that_is_silent_confirms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "FENCE_SECONDS", 0.05)
+    async with agent_process("far", backends=["tcp"]) as far, Agent("near", token=TOKEN, backends=["tcp"]) as near:
+        await near.connect(far.address)
+        far.stop()
+        try:
+            with pytest.raises(TransferError, match="did not confirm within 0.05 s") as raised:
+                await near._membership.fence("tcp", "far", b"1")
+            assert not isinstance(raised.value, PeerLost)
+        finally:
+            far.resume()
+
+
+async def test_a_fence_while_parting_is_answered() -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        parting = asyncio.create_task(a.disconnect("b"))
+        await asyncio.sleep(0)
+        # The link is there until both are quiet; after that nothing is.
+        with contextlib.suppress(PeerLost):
+            await a._membership.fence("tcp", "b", b"1")
+        await parting
+        assert not peer.connected
+        events = b.membership()
+        while b.peers:
+            await anext(events)

@@ -9,7 +9,16 @@ import pytest
 
 from nixl_async import Agent, DescriptorError, MemoryKind, NotFoundError, Peer, ProtocolError, RemoteRegion
 from nixl_async.metadata import Metadata, Section, decode, encode
-from nixl_async.peers import RECORD, decode_announcement, read_regions
+from nixl_async.peers import (
+    LARGE_NBYTES,
+    PIECE_NBYTES,
+    PIECE_REGIONS,
+    RECORD,
+    decode_announcement,
+    pieces,
+    read_announcement,
+    read_regions,
+)
 from tests.agents import TOKEN
 
 
@@ -35,6 +44,23 @@ def test_a_raw_address_is_found_in_its_region() -> None:
             _peer().at(address, nbytes)
 
 
+def test_a_raw_address_is_found_while_regions_come_and_go_and_overlap() -> None:
+    peer = _peer()
+    assert peer.at(8192, 1).region.name == "x"
+    # It begins earlier and holds both; one more begins where another does.
+    peer.add(RemoteRegion("b", "1", "all", 4096, 1 << 20))
+    peer.add(RemoteRegion("b", "1", "x2", 8192, 8192))
+    assert peer.at(8192 + 5000, 100).region.name == "x2"
+    assert peer.at(16384 + 4000, 200).region.name == "all"
+    assert peer.take("x2") is not None
+    assert peer.take("x2") is None
+    assert peer.at(8192 + 5000, 100).region.name == "all"
+    peer.add(RemoteRegion("b", "1", "all", 1 << 20, 8))
+    with pytest.raises(DescriptorError):
+        peer.at(8192 + 5000, 100)
+    assert peer.at(1 << 20, 8).region.nbytes == 8
+
+
 async def test_an_agent_is_described_and_read_back() -> None:
     async with Agent("b", token=TOKEN, backends=["memory", "tcp"]) as b:
         await b.register(np.zeros(100, np.uint8), name="kv")
@@ -57,6 +83,9 @@ async def test_an_agent_is_described_and_read_back() -> None:
         {"regions": 5},
         {"regions": [{}]},
         {"regions": [5]},
+        {"revision": -1},
+        {"revision": "1"},
+        {"revision": True},
     ],
 )
 async def test_records_that_are_not_what_was_agreed(change: dict[str, object]) -> None:
@@ -100,6 +129,32 @@ def test_regions_that_are_not_what_was_agreed(change: dict[str, object]) -> None
     assert (region.name, region.keys) == ("kv", {"tcp": b"\x00"})
     with pytest.raises(ProtocolError):
         read_regions("b", "1", [REGION | change])
+
+
+def test_lists_of_regions_are_cut_into_pieces_that_are_short() -> None:
+    assert list(pieces([])) == [b"[]"]
+    for records in ([b"%d" % n for n in range(1000)], [b'"%b"' % (b"x" * 6000)] * 10, [b'"%b"' % (b"x" * 100_000)] * 3):
+        cut = list(pieces(records))
+        assert [item for piece in cut for item in json.loads(piece)] == [json.loads(record) for record in records]
+        assert all(len(json.loads(piece)) <= PIECE_REGIONS for piece in cut)
+        assert all(len(piece) <= max(PIECE_NBYTES + 100, len(records[0]) + 2) for piece in cut)
+
+
+async def test_metadata_of_many_regions_is_read_as_it_was_written() -> None:
+    memory = np.zeros((1000, 8), np.uint8)
+    async with Agent("b", token=TOKEN, backends=["memory", "tcp"]) as b:
+        for number in range(1000):
+            await b.register(memory[number], name=f"block {number}\n")
+        await b.serve()
+        blob = b.metadata()
+        assert len(blob) > LARGE_NBYTES
+        read = await read_announcement(blob)
+        assert read.regions[999].name == "block 999\n"
+        assert [region.address for region in read.regions] == [row.ctypes.data for row in memory]
+        assert (read.revision, read.more) == (1000, False)
+        broken = blob.replace(b'"nbytes":8,', b'"nbytes":0,')
+        with pytest.raises(ProtocolError):
+            await read_announcement(broken)
 
 
 def test_a_stock_agent_is_known_by_its_worker_address() -> None:

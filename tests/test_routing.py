@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from nixl_async import ConfigurationError, NoRoute
+from nixl_async.descriptors import make_plan
+from nixl_async.outages import Outage
 from tests.agents import known, two_agents
 
 
@@ -24,6 +26,22 @@ async def test_the_preferred_backend_is_the_route_and_the_others_follow() -> Non
         assert (await a.transfer(here, peer.region("kv"))).route == "samehost"
         assert (await a.transfer(here, peer.region("kv"), backend="tcp")).route == "tcp"
         assert (await a.transfer(here, peer.region("kv"))).route == "samehost"
+
+
+async def test_a_route_that_is_down_comes_last_and_says_why() -> None:
+    async with two_agents(backends=["samehost", "tcp"]) as (a, b, peer):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        plan, now = make_plan(here, peer.region("kv")), 10.0
+        outage = Outage("samehost", "b", "it may not be traced", now - 2.5, now + 0.25)
+        explained = a._router.explain(plan, outages={"samehost": outage}, now=now)
+        assert explained.routes == ("tcp", "samehost")
+        assert "samehost: down: it may not be traced; failed 2.5 s ago, tried again in 0.25 s" in str(explained)
+        outage.again_at = None
+        only = a._router.explain(plan, "samehost", outages={"samehost": outage}, now=now)
+        assert only.route == "samehost"
+        assert "samehost: down: it may not be traced; failed 2.5 s ago, it is being tried again" in str(only)
 
 
 async def test_refusals_say_why() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from contextlib import AsyncExitStack
 
 import numpy as np
+import pytest
 
-from nixl_async import Agent
+from nixl_async import Agent, NotFoundError
 from nixl_async.testing import assert_same, pattern
 from tests.agents import TOKEN, agent_process, two_agents
 from tests.loops import every_loop
@@ -87,6 +89,52 @@ async def test_a_thousand_transfers_at_once() -> None:
                 counts = near.statistics()
                 assert (counts.done, counts.live_transfers, counts.regions) == (1000, 0, 1)
                 assert counts.nbytes == {route: 4_096_000}
+
+
+async def test_an_agent_of_very_many_regions() -> None:
+    count, backends = 10_000, ["memory", "tcp"]
+    memory = np.zeros((count, 64), np.uint8)
+    memory[:, 0], memory[:, 1] = np.arange(count) % 251, np.arange(count) // 251
+    async with Agent("near", token=TOKEN, backends=backends) as near, Agent("far", token=TOKEN, backends=backends) as far:
+        regions = [await far.register(memory[number]) for number in range(count)]
+        assert [regions[0].name, regions[-1].name] == ["region-1", f"region-{count}"]
+        peer = await near.connect(await far.serve())
+        got = np.zeros(64, np.uint8)
+        here = await near.register(got)
+        for number in range(0, count, 500):
+            await near.transfer(peer.region(f"region-{number + 1}"), here, backend="tcp")
+            assert (got[0], got[1]) == (number % 251, number // 251)
+        for number in range(0, count, 500):
+            await regions[number].aclose()
+        assert len(peer.regions) == count - 20
+        with pytest.raises(NotFoundError, match="and 9960 more"):
+            peer.region("another")
+        # The lowest name that is free.
+        assert (await far.register(memory[0])).name == "region-1"
+
+
+async def test_one_more_region_costs_as_many_bytes_however_many_there_are() -> None:
+    def told() -> int:
+        assert link is not None
+        info = link.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
+        return int.from_bytes(info[200:208], "little")
+
+    memory = np.zeros((4100, 8), np.uint8)
+    async with two_agents(backends=["memory"]) as (_, far, peer):
+        link, costs = far.peers["a"].link, []
+        for number in range(4100):
+            before = told()
+            await far.register(memory[number], name=f"block-{number:05d}")
+            if number in (63, 4099):
+                while f"block-{number:05d}" not in peer.regions:
+                    await asyncio.sleep(0)
+                costs.append(told() - before)
+            elif number in (62, 4098):
+                while f"block-{number:05d}" not in peer.regions:
+                    await asyncio.sleep(0)
+        # The number of the change grows by a digit or two, and addresses differ.
+        assert abs(costs[1] - costs[0]) <= 16
+        assert 100 < costs[0] < 300
 
 
 async def test_busy_loops_do_not_starve_notifications() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nixl_async.backend import Limits, Op
-from nixl_async.errors import BackendError, PeerLost, Quarantined, TransferError
+from nixl_async.errors import AccessError, BackendError, IntegrityError, PeerLost, Quarantined, TransferError
 from nixl_async.queues import BATCH_NBYTES, BATCH_PARTS
-from nixl_async.scheduler import BACKOFF_SECONDS, MAX_RETRIES, Action, Finish, Start, Stop
+from nixl_async.scheduler import (
+    BACKOFF_SECONDS,
+    MAX_RETRIES,
+    STRANDED_SECONDS,
+    VERIFY_DRAIN_SECONDS,
+    Action,
+    Finish,
+    Lost,
+    Scheduler,
+    Start,
+    Stop,
+    Verify,
+)
 from nixl_async.transfer import TrafficClass, TransferRecord, TransferState
 from tests.scheduling import FAR, SPACE, Bench, make_record
 
@@ -187,6 +200,20 @@ def test_a_held_transfer_can_be_refused_cancelled_and_lose_its_peer() -> None:
     assert bench.order() == [[other.id]]
 
 
+def test_a_transfer_that_is_aborted_fails_with_that_error_once_it_is_quiet() -> None:
+    bench = Bench(wire=Limits(max_ops=1, batch=False))
+    running, waiting = bench.submit(), bench.submit()
+    errors = TransferError("the lease has ended"), TransferError("the lease has ended")
+    for record, error in zip((running, waiting), errors, strict=True):
+        bench.take(bench.scheduler.abort(record.id, error, 0.0))
+    assert (waiting.state, waiting.error) == (TransferState.FAILED, errors[1])
+    assert (running.state, bench.stopped) == (TransferState.DRAINING, [1])
+    bench.fail(BackendError("it was stopped"))
+    assert (running.state, running.error) == (TransferState.FAILED, errors[0])
+    for number in (running.id, 77):
+        assert bench.take(bench.scheduler.abort(number, errors[0], 0.0)) == []
+
+
 def test_nothing_to_move_finishes_when_it_is_released() -> None:
     bench = Bench()
     record = bench.submit(nbytes=0, hold=True)
@@ -340,8 +367,12 @@ def test_a_retryable_failure_is_sent_again_later_and_later() -> None:
     bench.fail(BackendError("still busy", retryable=True))
     assert bench.finished == [record]
     assert record.state is TransferState.FAILED
-    assert str(record.error) == "still busy"
+    error = record.error
+    assert isinstance(error, BackendError)
+    assert str(error) == f"still busy (sent again {MAX_RETRIES} times in 0.07 s, by wire)"
+    assert (error.resent, error.seconds, error.tried) == (MAX_RETRIES, pytest.approx(0.07), ("wire",))
     assert record.attempts == MAX_RETRIES + 1
+    assert (bench.scheduler.retries, bench.scheduler.failovers) == (MAX_RETRIES, 0)
     assert bench.scheduler.next_wakeup() is None
 
 
@@ -356,12 +387,176 @@ def test_a_failure_that_is_not_retryable_moves_on_to_the_next_route() -> None:
     assert record.result().route == "b"
 
 
-def test_only_a_backends_own_failure_moves_on_a_lost_peer_does_not() -> None:
+def test_what_is_denied_does_not_move_on() -> None:
     bench = Bench(a=Limits(), b=Limits())
     record = bench.submit()
-    bench.fail(PeerLost("gone"))
+    bench.fail(AccessError("read-only"))
     assert record.state is TransferState.FAILED
     assert not bench.running
+
+
+def test_back_offs_are_drawn_by_chance() -> None:
+    bench = Bench()
+    for chance, factor in ((0.0, 0.5), (1.0, 1.5)):
+        bench.scheduler = Scheduler(bench.limits, chance=lambda chance=chance: chance)  # type: ignore[misc]
+        bench.submit()
+        bench.fail(BackendError("busy", retryable=True))
+        assert bench.scheduler.next_wakeup() == pytest.approx(BACKOFF_SECONDS * factor)
+
+
+def test_no_retry_waits_beyond_the_deadline() -> None:
+    bench = Bench()
+    record = bench.submit(deadline=0.02)
+    bench.fail(BackendError("busy", retryable=True))
+    bench.tick(0.01)
+    bench.fail(BackendError("busy still", retryable=True))
+    assert bench.finished == [record]
+    assert str(record.error) == "busy still (sent again once in 0.01 s, by wire)"
+    assert bench.scheduler.next_wakeup() is None
+
+
+def test_what_cannot_wait_for_a_retry_moves_on() -> None:
+    bench = Bench(a=Limits(), b=Limits())
+    record = bench.submit(deadline=0.0)
+    bench.fail(BackendError("busy", retryable=True))
+    assert [backend for backend, _ in bench.running.values()] == ["b"]
+    bench.done()
+    assert record.result().route == "b"
+
+
+def test_bytes_that_arrive_make_retries_count_afresh() -> None:
+    bench = Bench(wire=Limits(max_ops=1, max_op_nbytes=10))
+    record = bench.submit(nbytes=40)
+    for _ in range(3):
+        for _ in range(MAX_RETRIES):
+            bench.fail(BackendError("busy", retryable=True))
+            bench.tick(bench.scheduler.next_wakeup() or 0.0)
+        bench.done()
+    assert (record.state, record.nbytes_done, record.resent) == (TransferState.ACTIVE, 30, 3 * MAX_RETRIES)
+
+
+# Routes that lose a peer.
+
+
+def test_a_route_that_loses_the_peer_is_left_by_all_who_take_it() -> None:
+    bench = Bench(a=Limits(max_ops=2, batch=False), b=Limits(max_ops=9, batch=False))
+    first, second, third = bench.submit(), bench.submit(), bench.submit()
+    other = bench.submit(peer="q")
+    outages = [action.outage for action in bench.fail(PeerLost("reset"), 1) if isinstance(action, Lost)]
+    assert [(outage.backend, outage.peer, outage.reason) for outage in outages] == [("a", "p", "reset")]
+    # The first and the third have moved; the second is in flight still, and the other peer's have nothing to do with it.
+    assert [(backend, op.parts[0][0]) for backend, op in bench.running.values()] == [("a", 2), ("b", 3), ("b", 1), ("a", 4)]
+    assert not [action for action in bench.fail(PeerLost("reset"), 2) if isinstance(action, Lost)]
+    later = bench.submit()
+    assert {backend for backend, op in bench.running.values() if op.peer == "p"} == {"b"}
+    while bench.running:
+        bench.done()
+    assert [record.result().route for record in (first, second, third, later, other)] == ["b", "b", "b", "b", "a"]
+    assert (bench.scheduler.failovers, bench.scheduler.retries, bench.scheduler.outages.era) == (3, 0, 1)
+
+
+def test_a_route_that_is_back_is_taken_again() -> None:
+    bench = Bench(a=Limits(), b=Limits())
+    bench.take(bench.scheduler.route_lost("a", "p", "reset", 0.0))
+    bench.take(bench.scheduler.route_lost("a", "p", "reset", 0.0))
+    bench.submit()
+    bench.take(bench.scheduler.route_back("a", "p", 1.0))
+    bench.submit()
+    assert [backend for backend, _ in bench.started] == ["b", "a"]
+    assert bench.scheduler.outages.era == 1
+
+
+def test_what_fails_late_does_not_bring_a_route_down_that_is_back() -> None:
+    bench = Bench(a=Limits(batch=False), b=Limits())
+    record, _ = bench.submit(), bench.submit()
+    bench.fail(PeerLost("reset"), 1)
+    bench.take(bench.scheduler.route_back("a", "p", 0.0))
+    assert not [action for action in bench.fail(PeerLost("reset"), 2) if isinstance(action, Lost)]
+    assert [backend for backend, _ in bench.running.values()] == ["b", "a"]
+    assert bench.scheduler.retries == 1
+    bench.fail(PeerLost("reset again"))
+    bench.done()
+    assert record.state.final is False
+    assert bench.scheduler.outages.first_up(("b",), "p") is None
+
+
+def test_without_a_route_a_transfer_waits_until_one_is_back() -> None:
+    bench = Bench(a=Limits(max_op_nbytes=40), b=Limits(max_op_nbytes=30))
+    record = bench.submit(nbytes=100)
+    bench.fail(PeerLost("reset"))
+    bench.take(bench.scheduler.route_lost("b", "p", "reset too", 0.0))
+    while bench.running:
+        bench.fail(PeerLost("reset"))
+    waiting = bench.submit(nbytes=100)
+    assert (record.stranded is not None, waiting.state) == (True, TransferState.QUEUED)
+    assert bench.scheduler.next_wakeup() == STRANDED_SECONDS
+    bench.now = 1.0
+    bench.take(bench.scheduler.route_back("b", "p", 1.0))
+    while bench.running:
+        bench.done()
+    assert {record.result().route, waiting.result().route} == {"b"}
+    assert bench.scheduler.next_wakeup() is None
+
+
+def test_a_transfer_does_not_wait_for_a_route_for_ever() -> None:
+    bench = Bench()
+    record, waiting, hurried, late = (bench.submit(deadline=at) for at in (None, None, 2.0, -1.0))
+    while bench.running:
+        bench.fail(PeerLost("reset"))
+    assert late.state is TransferState.FAILED
+    bench.tick(2.0)
+    assert hurried.state is TransferState.FAILED
+    assert record.state is TransferState.ACTIVE
+    bench.tick(STRANDED_SECONDS)
+    assert waiting.state is TransferState.FAILED
+    assert isinstance(record.error, PeerLost)
+    assert str(record.error) == "reset (sent again once in 5 s, by wire)"
+    assert bench.scheduler.next_wakeup() is None
+
+
+def test_what_waits_for_a_route_can_be_cancelled_and_lose_its_peer() -> None:
+    bench = Bench()
+    bench.take(bench.scheduler.route_lost("wire", "p", "reset", 0.0))
+    cancelled, lost = bench.submit(), bench.submit()
+    bench.cancel(cancelled)
+    error = PeerLost("gone")
+    bench.take(bench.scheduler.peer_lost("p", error, 0.0))
+    assert (cancelled.state, lost.state, lost.error) == (TransferState.CANCELLED, TransferState.FAILED, error)
+    assert bench.scheduler.next_wakeup() is None
+    # The next to have that name is another.
+    bench.submit()
+    assert len(bench.running) == 1
+
+
+def test_a_route_that_fails_whenever_it_is_back_is_given_up() -> None:
+    bench = Bench()
+    record = bench.submit()
+    for _ in range(MAX_RETRIES + 1):
+        bench.fail(PeerLost("reset"))
+        assert record.state is TransferState.ACTIVE
+        bench.take(bench.scheduler.route_back("wire", "p", bench.now))
+    bench.fail(PeerLost("reset"))
+    assert record.state is TransferState.FAILED
+
+
+def test_what_may_not_be_quiet_is_not_sent_again() -> None:
+    bench = Bench(a=Limits(max_ops=1, max_op_nbytes=BATCH_NBYTES), b=Limits())
+    bench.submit(routes=("a",))
+    records = [bench.submit(), bench.submit()]
+    bench.done()
+    error = Quarantined("bytes of it may still be written")
+    bench.fail(error)
+    assert [(record.state, record.error) for record in records] == [(TransferState.FAILED, error)] * 2
+    assert not bench.running
+
+
+def test_what_may_not_be_quiet_when_it_is_cancelled_fails() -> None:
+    bench = Bench()
+    record = bench.submit()
+    bench.cancel(record)
+    error = Quarantined("bytes of it may still be written")
+    bench.fail(error)
+    assert (record.state, record.error) == (TransferState.FAILED, error)
 
 
 def test_what_waits_for_another_try_is_cut_to_the_route_it_moves_on_to() -> None:
@@ -492,6 +687,18 @@ def test_what_never_becomes_quiet_is_quarantined_after_the_drain_limit() -> None
     assert bench.scheduler.in_flight("wire") == (0, 0)
 
 
+@pytest.mark.parametrize("frees", [True, False])
+def test_a_quarantine_spares_a_source_that_its_backend_has_let_go_of(frees: bool) -> None:
+    bench = Bench(wire=Limits(frees_source=frees))
+    record = bench.submit()
+    bench.cancel(record)
+    bench.tick(100.0)
+    assert isinstance(record.error, Quarantined)
+    sides = [record.plan.dst] if frees else [record.plan.src, record.plan.dst]
+    assert list(record.error.moving) == [region for side in sides for region in side.regions]
+    assert ("local" in str(record.error)) is not frees
+
+
 def test_a_quarantine_keeps_the_error_that_came_first() -> None:
     bench = Bench()
     record = bench.submit()
@@ -500,6 +707,67 @@ def test_a_quarantine_keeps_the_error_that_came_first() -> None:
     bench.tick(100.0)
     assert isinstance(record.error, Quarantined)
     assert record.error.__cause__ is error
+
+
+# Comparing what was copied.
+
+
+def test_a_transfer_that_is_checked_is_done_when_it_has_been() -> None:
+    bench = Bench(wire=Limits(max_op_nbytes=60))
+    record, other = bench.submit(check="sums"), bench.submit()
+    bench.done()
+    assert not bench.verifying
+    bench.done()
+    assert list(bench.verifying.values()) == [record]
+    bench.done()
+    bench.done()
+    assert bench.finished == [other]
+    assert (record.state, record.nbytes_left, bench.scheduler.in_flight("wire")) == (TransferState.ACTIVE, 0, (0, 0))
+    bench.verified()
+    assert bench.finished == [other, record]
+    assert (record.state, record.error, record.attempts) == (TransferState.DONE, None, 2)
+
+
+def test_one_that_does_not_pass_fails_and_is_not_tried_again() -> None:
+    bench = Bench(first=Limits(), second=Limits())
+    record = bench.submit(check="sums")
+    bench.done()
+    error = IntegrityError("page 3 differs", retryable=True)
+    bench.verified(error)
+    assert bench.finished == [record]
+    assert (record.state, record.error, record.attempts) == (TransferState.FAILED, error, 1)
+    assert [event for _, _, event, _ in record.history] == ["admit", "abort", "drain"]
+    assert bench.scheduler.next_wakeup() is None
+
+
+@pytest.mark.parametrize("why", ["cancelled", "peer lost"])
+def test_what_is_decided_meanwhile_waits_for_the_comparison_to_stop(why: str) -> None:
+    bench = Bench()
+    record = bench.submit(check="sums")
+    bench.done()
+    lost = PeerLost("gone")
+    if why == "cancelled":
+        bench.cancel(record)
+    else:
+        bench.take(bench.scheduler.peer_lost("p", lost, 0.0))
+    assert bench.stopped == list(bench.verifying)
+    assert (record.state, bench.finished) == (TransferState.DRAINING, [])
+    bench.verified(BackendError("the comparison was cancelled"))
+    assert bench.finished == [record]
+    wanted = (TransferState.CANCELLED, None) if why == "cancelled" else (TransferState.FAILED, lost)
+    assert (record.state, record.error) == wanted
+
+
+def test_a_comparison_that_does_not_stop_is_quarantined() -> None:
+    bench = Bench()
+    record = bench.submit(check="sums")
+    bench.done()
+    bench.cancel(record)
+    bench.tick(VERIFY_DRAIN_SECONDS)
+    assert bench.finished == [record]
+    assert isinstance(record.error, Quarantined)
+    bench.verified()
+    assert bench.finished == [record]
 
 
 # Whatever happens.
@@ -511,11 +779,13 @@ MACHINE_LIMITS = {
     "slow": Limits(2, 700, 500, 5, drain_seconds=2.0, max_peer_ops=1, max_peer_nbytes=600, slice_nbytes=0),
 }
 PEERS = [None, "p", "q"]
-FAILURES = {
+FAILURES: dict[str, Callable[[], TransferError]] = {
     "retryable": lambda: BackendError("busy", retryable=True),
     "broken": lambda: BackendError("broken"),
     "denied": lambda: TransferError("denied"),
+    "differs": lambda: IntegrityError("page 3 differs"),
     "lost": lambda: PeerLost("lost"),
+    "not quiet": lambda: Quarantined("bytes of it may still be written"),
 }
 
 
@@ -531,6 +801,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted = 0
         self.stops: set[int] = set()
         self.held: set[int] = set()
+        self.down: set[tuple[str, str]] = set()
+        # Transfers of which an attempt may still land: nothing of them is sent again, and they end as quarantined.
+        self.leaking: set[int] = set()
+        self.passed: set[int] = set()
 
     # What the scheduler says.
 
@@ -539,12 +813,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             match action:
                 case Start(backend, op):
                     self.check_start(backend, op)
+                case Verify(_, record):
+                    assert record.check is not None
+                    assert (self.covered[record.id] == 1).all()
+                case Stop(op_id) if op_id in self.bench.verifying:
+                    assert op_id not in self.stops
+                    self.stops.add(op_id)
+                    assert self.bench.verifying[op_id].state is TransferState.DRAINING
                 case Stop(op_id):
                     assert op_id in self.bench.running
                     assert op_id not in self.stops
                     self.stops.add(op_id)
                     _, op = self.bench.running[op_id]
                     assert all(self.records[n].state is TransferState.DRAINING for n, _, _ in op.parts)
+                case Lost(outage):
+                    self.down.add((outage.backend, outage.peer))
                 case Finish(record):
                     self.held.discard(record.id)
                     self.check_finish(record)
@@ -560,22 +843,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert backend in record.routes
             assert number not in self.held
             assert record.cancel_requested is False
+            assert number not in self.leaking
+        if op.peer is not None:
+            assert (backend, op.peer) not in self.down
 
     def check_finish(self, record: TransferRecord) -> None:
         assert record.state.final
         assert sum(seen is record for seen in self.bench.finished) == 1
         busy = any(number == record.id for _, op in self.bench.running.values() for number, _, _ in op.parts)
+        busy |= record in self.bench.verifying.values()
         match record.state:
             case TransferState.DONE:
                 assert (self.covered[record.id] == 1).all()
                 assert record.nbytes_done == record.plan.nbytes
                 assert not busy
+                assert record.id in self.passed or record.check is None or not record.plan.nbytes
             case TransferState.CANCELLED:
                 assert record.cancel_requested
                 assert not busy
             case TransferState.FAILED:
                 assert record.error is not None
-                assert busy == isinstance(record.error, Quarantined)
+                assert busy == isinstance(record.error, Quarantined) or record.id in self.leaking
 
     def cover(self, op: Op) -> None:
         plan = op.plan
@@ -601,6 +889,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_nbytes=st.sampled_from([1, 7, 64, 400, 1500]),
         order=st.integers(0, 24).flatmap(lambda n: st.permutations(range(n))),
         routes=st.sampled_from([("fast",), ("slow",), ("fast", "slow"), ("slow", "fast")]),
+        check=st.sampled_from([None, None, "sums"]),
     )
     def submit(self, peer: str | None, put: bool, page_nbytes: int, order: list[int], hold: bool, **wanted: Any) -> None:
         self.submitted += 1
@@ -639,7 +928,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.bench.running)
     @rule(data=st.data(), kind=st.sampled_from(sorted(FAILURES)))
     def op_failed(self, data: st.DataObject, kind: str) -> None:
-        self.take(self.bench.fail(FAILURES[kind](), self.pick(data)))
+        chosen, error = self.pick(data), FAILURES[kind]()
+        if isinstance(error, Quarantined):
+            self.leaking |= {number for number, _, _ in self.bench.running[chosen][1].parts}
+        self.take(self.bench.fail(error, chosen))
+
+    @precondition(lambda self: self.bench.verifying)
+    @rule(data=st.data(), equal=st.sampled_from([True, True, False]))
+    def verified(self, data: st.DataObject, equal: bool) -> None:
+        chosen = data.draw(st.sampled_from(sorted(self.bench.verifying)), label="comparison")
+        if equal:
+            self.passed.add(self.bench.verifying[chosen].id)
+        self.take(self.bench.verified(None if equal else IntegrityError("page 3 differs"), chosen))
 
     @precondition(lambda self: self.stops & set(self.bench.running))
     @rule()
@@ -652,8 +952,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.take(self.bench.cancel(self.records[data.draw(st.sampled_from(sorted(self.records)), label="transfer")]))
 
+    @rule(backend=st.sampled_from(["fast", "slow"]), peer=st.sampled_from(["p", "q"]))
+    def route_lost(self, backend: str, peer: str) -> None:
+        self.take(self.bench.take(self.bench.scheduler.route_lost(backend, peer, "lost", self.bench.now)))
+        self.down.add((backend, peer))
+
+    @precondition(lambda self: self.down)
+    @rule(data=st.data())
+    def route_back(self, data: st.DataObject) -> None:
+        backend, peer = data.draw(st.sampled_from(sorted(self.down)), label="route")
+        self.down.discard((backend, peer))
+        self.take(self.bench.take(self.bench.scheduler.route_back(backend, peer, self.bench.now)))
+
     @rule(peer=st.sampled_from(["p", "q"]))
     def peer_lost(self, peer: str) -> None:
+        self.down = {route for route in self.down if route[1] != peer}
         self.take(self.bench.take(self.bench.scheduler.peer_lost(peer, PeerLost("lost"), self.bench.now)))
         assert not any(
             record.peer == peer and record.state in (TransferState.QUEUED, TransferState.ACTIVE)
@@ -690,6 +1003,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for record in self.bench.scheduler.live():
             if record.id in self.held:
                 assert record.state is TransferState.QUEUED
+            elif record.stranded is not None:
+                assert record.peer is not None
+                assert {(route, record.peer) for route in record.routes} <= self.down
+                assert self.bench.scheduler.next_wakeup() is not None, f"{record} waits for nothing"
             elif record.peek() is not None:
                 assert self.bench.scheduler.in_flight(record.routes[0])[0], f"{record} waits for nothing"
             elif not record.ops:
@@ -705,6 +1022,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 chosen = min(self.bench.running)
                 self.cover(self.bench.running[chosen][1])
                 self.take(self.bench.done(chosen))
+            elif self.bench.verifying:
+                self.passed.add(next(iter(self.bench.verifying.values())).id)
+                self.take(self.bench.verified())
             else:
                 due = self.bench.scheduler.next_wakeup()
                 assert due is not None

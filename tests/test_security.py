@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import resource
 import socket
@@ -26,6 +27,7 @@ from nixl_async import (
     PeerLost,
     ProtocolError,
 )
+from nixl_async.peers import encode_announcement
 from nixl_async.security import Credentials, certificate_names
 from nixl_async.testing import assert_same, pattern
 from nixl_async.wire import FrameType, Greeting, encode_frame
@@ -424,6 +426,49 @@ async def test_what_a_server_says_cannot_be_turned_against_it() -> None:
         assert not b.peers
 
 
+BEGUN = encode_frame(FrameType.METADATA, encode_announcement("mallory", "1", None, [], [], more=True))
+PIECE = b'{"piece":[{"name":"kv","address":4096,"nbytes":8,"kind":"DRAM","device":0,"readonly":false,"keys":{}}],"last":%b}'
+
+
+@pytest.mark.parametrize(
+    ("frames", "text"),
+    [
+        ([encode_frame(FrameType.REGIONS, PIECE % b"true")], b"after its end"),
+        ([BEGUN, *[encode_frame(FrameType.REGIONS, PIECE % b"true")] * 2], b"after its end"),
+        ([BEGUN, encode_frame(FrameType.REGIONS, PIECE % b"1")], b"'last'"),
+        ([BEGUN, encode_frame(FrameType.REGIONS, b'{"piece":{},"last":true}')], b"'piece'"),
+        ([BEGUN, encode_frame(FrameType.REGIONS, b'{"piece":[{"name":5}],"last":true}')], b"malformed"),
+        ([BEGUN, *[encode_frame(FrameType.REGIONS, b"x" * (4 << 20))] * 17], b"before all of the metadata"),
+        ([BEGUN, encode_frame(FrameType.REGIONS, b'{"added":[],"revision":-1}'), encode_frame(FrameType.REGIONS, PIECE % b"true")],
+         b"a revision is -1"),
+    ],
+)  # fmt: skip
+async def test_metadata_in_pieces_that_are_not_what_was_agreed(frames: list[bytes], text: bytes) -> None:
+    async with two_agents(backends=["memory"]) as (a, b, _):
+        async with stranger(b.address) as one:  # type: ignore[arg-type]
+            await one.authenticate("mallory", TOKEN.encode())
+            for frame in frames:
+                one.writer.write(frame)
+            assert any(text in payload for kind, payload in await one.ended() if kind is FrameType.REFUSED)
+        await _still_fine(a, b)
+
+
+async def test_who_does_not_end_its_metadata_does_not_join() -> None:
+    async with two_agents(backends=["memory"]) as (a, b, _):
+        async with stranger(b.address) as one:  # type: ignore[arg-type]
+            await one.authenticate("mallory", TOKEN.encode())
+            one.writer.write(BEGUN + encode_frame(FrameType.REGIONS, PIECE % b"false") + encode_frame(FrameType.NOTIFY, b"x"))
+            while not b._membership._gathering:
+                await asyncio.sleep(0)
+            await _still_fine(a, b)
+            assert set(b.peers) == {"a"}
+            one.writer.write(encode_frame(FrameType.REGIONS, PIECE % b"true"))
+            note = await anext(b.notifications())
+            assert (note.peer, note.payload) == ("mallory", b"x")
+            assert set(b.peers["mallory"].regions) == {"kv"}
+        assert not b._membership._gathering
+
+
 async def test_nobody_speaks_for_another_after_joining() -> None:
     async with two_agents() as (a, b, _), Agent("c", token=TOKEN) as c:
         await connect(c, b)
@@ -536,7 +581,7 @@ async def test_secrets_are_in_no_log_and_no_text(authority: Authority, caplog: p
         await b.register(np.zeros(64, np.uint8), name="kv")
         peer = await connect(a, b)
         assert peer.link is not None
-        tcp = b._backends["tcp"]._token.hex()  # type: ignore[attr-defined]
+        tcp = json.loads(b._backends["tcp"].describe_to("a", a.incarnation))["token"]
         keys = [key.hex() for region in peer.regions.values() for name, key in region.keys.items() if len(key) == 8]
         assert keys
         shown += [a, b, peer, peer.link, peer.link._handshake, a._credentials, b._credentials, *peer.regions.values()]

@@ -47,7 +47,10 @@ def test_an_oversized_frame_is_refused_by_its_header_alone() -> None:
         list(FrameReader().feed(header))
 
 
-@pytest.mark.parametrize(("kind", "nbytes"), [*SMALL.items(), (FrameType.WITHDRAW, 64 << 10), (FrameType.NOTIFY, 64 << 20)])
+@pytest.mark.parametrize(
+    ("kind", "nbytes"),
+    [*SMALL.items(), (FrameType.WITHDRAW, 64 << 10), (FrameType.VERIFY, 256 << 10), (FrameType.NOTIFY, 64 << 20)],
+)
 def test_each_kind_of_frame_has_its_limit_after_authentication_too(kind: FrameType, nbytes: int) -> None:
     reader = FrameReader(MAX_FRAME_NBYTES)
     assert list(reader.feed(struct.pack("<IB", nbytes, kind))) == []

@@ -65,10 +65,10 @@ class Ours(Mover):
         far = self.remote.pages(self.table, self.page_nbytes)
         return (near, far) if self.write else (far, near)
 
-    async def move(self) -> dict[str, Any]:
-        """Move every page once; timed from page indices to the completed await."""
+    async def move(self, verify: str | None = None) -> dict[str, Any]:
+        """Move every page once, and compare both sides by `verify`; timed from page indices to the completed await."""
         cpu, start = time.process_time(), time.perf_counter()
-        result = await self.agent.transfer(*self._sides())
+        result = await self.agent.transfer(*self._sides(), verify=verify)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "cpu": time.process_time() - cpu, "route": result.route}
 

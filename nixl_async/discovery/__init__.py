@@ -12,6 +12,8 @@ connects by name.
 | `tcpstore://host:port/prefix` | torch's c10d TCPStore that runs already | when it is withdrawn or replaced | at once |
 | `memory://name` | one process | when it is withdrawn | at once |
 
+The agents of one process that have the same URL share one watch of the store, on each loop; each has a lease of its own.
+
 **Outages.** The store is needed to find each other and for nothing else: connected peers stay connected, and what it said last
 goes on to hold, until it answers again. Agents open while it is away, and publish themselves when it is there. What it has
 forgotten is put again; what is still missing a lease and five seconds after it came back is withdrawn.
@@ -35,10 +37,12 @@ needed: `await agent.connect("decode-3.decode.kv.svc.cluster.local:7000")`. A `R
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 
 from nixl_async.discovery.finder import Finder
 from nixl_async.discovery.roster import Discovered, Roster
+from nixl_async.discovery.shared import SharedStore
 from nixl_async.discovery.store import DiscoveryStore, Seen, StoreURL
 from nixl_async.errors import ConfigurationError
 from nixl_async.membership import Membership
@@ -52,7 +56,7 @@ _STORES = {
     "tcpstore": ("tcp_store", "TCPStoreStore"),
 }
 
-__all__ = ["Discovered", "DiscoveryStore", "Finder", "Roster", "Seen", "StoreURL", "open_finder", "open_store"]
+__all__ = ["Discovered", "DiscoveryStore", "Finder", "Roster", "Seen", "SharedStore", "StoreURL", "open_finder", "open_store"]
 
 
 def open_store(url: str | StoreURL) -> DiscoveryStore:
@@ -80,4 +84,5 @@ def open_finder(url: str, membership: Membership, name: str, incarnation: str, *
     stock = parsed.options.get("stock", "refuse" if authenticated else "allow")
     if stock not in ("allow", "refuse"):
         raise ConfigurationError(f"stock={stock!r} of {parsed} must be allow or refuse")
-    return Finder(open_store(parsed), str(parsed), membership, name, incarnation, stock=stock == "allow")
+    store = SharedStore(partial(open_store, parsed), parsed)
+    return Finder(store, str(parsed), membership, name, incarnation, stock=stock == "allow")

@@ -24,6 +24,7 @@ CONNECT_SECONDS = 1.0
 MAX_ANSWER_NBYTES = 64 << 20
 _PIECE_NBYTES = 64 << 10
 _PORT = 2379
+_CRLF = "\r\n"
 # A server that vanished without a word is noticed after about half a minute.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
@@ -39,6 +40,13 @@ class Event:
     key: bytes
     value: bytes | None
     revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    server: SplitResult
 
 
 class CompactedError(BackendError):
@@ -60,18 +68,30 @@ class LeaseLost(BackendError):
 class Etcd:
     """Servers of one cluster: URLs with commas or semicolons between them, `http://host:2379` or `https://…`.
 
-    `user` and `password` are for a cluster that asks for them; `tls` is for https, by default what Python trusts.
+    `user` and `password` are for a cluster that asks for them; `tls` is for https, by default what Python trusts. `keep`: whether a
+    connection is kept between calls, until `close`; renewing a lease again and again is then a round trip, and no handshake.
 
     Raises:
         ConfigurationError: one of them is no such URL.
     """
 
-    def __init__(self, endpoints: str, *, user: str = "", password: str = "", tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, endpoints: str, *, user: str = "", password: str = "", tls: ssl.SSLContext | None = None, keep: bool = False
+    ) -> None:
         self._user, self._password, self._tls = user, password, tls
         self._pass = ""
+        self._keep = keep
+        self._kept: _Connection | None = None
         self._servers = [_split(one.strip()) for one in endpoints.replace(";", ",").split(",") if one.strip()]
         if not self._servers:
             raise ConfigurationError(f"{endpoints!r} names no etcd server; give URLs such as http://127.0.0.1:2379")
+
+    def close(self) -> None:
+        """End the connection that is kept, and keep none from here on."""
+        self._keep = False
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.writer.close()
 
     @property
     def first(self) -> tuple[str, int]:
@@ -177,32 +197,60 @@ class Etcd:
             self._pass = str(answer["token"])
 
     async def _call_once(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        async with contextlib.aclosing(self._stream(path, body)) as lines:
-            try:
-                async with asyncio.timeout(CALL_SECONDS):
-                    async for line in lines:
-                        return line
-            except TimeoutError:
-                raise BackendError(f"etcd has not answered within {CALL_SECONDS:g} s", backend="etcd") from None
-        raise BackendError("etcd answers nothing", backend="etcd")
+        kept, self._kept = self._kept, None
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                if kept is not None:
+                    try:
+                        return await self._ask(kept, path, body)
+                    except ConnectionError:
+                        # The server ended it meanwhile, which says nothing about another.
+                        pass
+                return await self._ask(await self._connected(), path, body)
+        except TimeoutError:
+            raise BackendError(f"etcd has not answered within {CALL_SECONDS:g} s", backend="etcd") from None
+
+    async def _ask(self, connection: _Connection, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = None
+        async with contextlib.aclosing(self._exchange(connection, path, body, keep=self._keep)) as lines:
+            async for line in lines:
+                answer = line if answer is None else answer
+                if not self._keep:
+                    break
+        if answer is None:
+            raise BackendError("etcd answers nothing", backend="etcd")
+        return answer
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the JSON objects of an answer."""
-        reader, writer, server = await self._connected()
+        """Yield the JSON objects of an answer that goes on and on."""
+        async with contextlib.aclosing(self._exchange(await self._connected(), path, body, keep=False)) as lines:
+            async for line in lines:
+                yield line
+
+    async def _exchange(
+        self, connection: _Connection, path: str, body: dict[str, Any], *, keep: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the JSON objects of an answer; after the last the connection is closed, or kept."""
+        server, over = connection.server, False
         try:
             sent = json.dumps(body).encode()
             head = f"POST /v3/{path} HTTP/1.1\r\nHost: {server.netloc}\r\nContent-Type: application/json\r\n"
             if self._pass:
                 head += f"Authorization: {self._pass}\r\n"
-            writer.write(f"{head}Content-Length: {len(sent)}\r\nConnection: close\r\n\r\n".encode() + sent)
-            async for line in _lines(reader):
+            head += f"Content-Length: {len(sent)}\r\n{'' if keep else f'Connection: close{_CRLF}'}\r\n"
+            connection.writer.write(head.encode() + sent)
+            async for line in _lines(connection.reader):
                 yield line
+            over = keep
         except HTTPError as error:
             raise BackendError(f"{server.netloc} does not answer as etcd does: {error}", backend="etcd") from error
         finally:
-            writer.close()
+            if over and self._keep and self._kept is None:
+                self._kept = connection
+            else:
+                connection.writer.close()
 
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, SplitResult]:
+    async def _connected(self) -> _Connection:
         failures = []
         for server in list(self._servers):
             context = (self._tls or ssl.create_default_context()) if server.scheme == "https" else None
@@ -224,7 +272,7 @@ class Etcd:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE:
                 found.setsockopt(socket.IPPROTO_TCP, option, value)
-            return reader, writer, server
+            return _Connection(reader, writer, server)
         raise BackendError(f"no etcd server can be reached: {'; '.join(failures)}", backend="etcd")
 
 

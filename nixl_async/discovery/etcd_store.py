@@ -51,6 +51,7 @@ class EtcdStore(DiscoveryStore):
             user=url.user,
             password=url.password,
             tls=_context(url) if secure else None,
+            keep=True,
         )
         self.server = self._etcd.first
         self._namespace = url.path if url.path.strip("/") else NAMESPACE
@@ -127,8 +128,11 @@ class EtcdStore(DiscoveryStore):
             raise BackendError(f"etcd was not listened to for too long: {error}", backend="etcd") from error
 
     async def aclose(self) -> None:
-        """End the lease."""
-        await self.remove("")
+        """End the lease, and the connection."""
+        try:
+            await self.remove("")
+        finally:
+            self._etcd.close()
 
     async def _put(self, key: str, value: bytes) -> None:
         async with self._granting:

@@ -236,7 +236,7 @@ class Finder:
     # Whole metadata, of this agent for stock ones and of those for this one.
 
     async def _blob(self) -> bytes | None:
-        regions = list(self._membership.regions.values())
+        regions = [region for region in self._membership.regions.values() if region.offered]
         if len(regions) > MAX_REGIONS:
             raise ConfigurationError(f"it has {len(regions)} regions; the metadata of at most {MAX_REGIONS} is published")
         return await asyncio.to_thread(self._membership.metadata, regions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Coroutine
@@ -22,6 +23,8 @@ AGAIN_SECONDS = (0.1, 2.0)
 OPEN_SECONDS = 2.0
 """How long opening and publishing wait for the store; after that they go on behind the caller's back."""
 CLOSE_SECONDS = 2.0
+METADATA_NBYTES_A_SECOND = 256 << 10
+"""At most so much of it an agent whose regions change on and on writes to the store."""
 GRACE_SECONDS = 5.0
 """How much longer than a lease an entry may be missing after an outage, before its agent counts as withdrawn."""
 MAX_NAME_NBYTES = 255
@@ -43,6 +46,7 @@ class Discovered:
         return json.dumps(record, separators=(",", ":")).encode()
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)
     def decode(cls, name: str, value: bytes) -> Discovered:
         """Read what is published under a name.
 
@@ -245,16 +249,17 @@ class Roster:
             again = min(2 * again, AGAIN_SECONDS[1])
 
     async def _keep_metadata(self) -> None:
-        again, warned = AGAIN_SECONDS[0], False
+        again, warned, pause = AGAIN_SECONDS[0], False, 0.0
         while True:
             await self._stale.wait()
-            # Regions are registered one after the other; each need not be a request.
-            await asyncio.sleep(again)
+            # Regions are registered one after the other; each need not be a request, and not all of a large blob.
+            await asyncio.sleep(max(again, pause))
             self._stale.clear()
             assert self._metadata is not None
             try:
                 if (blob := await self._metadata()) is not None and not self._contested:
                     await self._store.put_metadata(self._name, blob)
+                    pause = len(blob) / METADATA_NBYTES_A_SECOND
                 again, warned = AGAIN_SECONDS[0], False
             except ConfigurationError as error:
                 if not warned:

@@ -35,18 +35,19 @@ class LayerCalls:
         traffic_class: TrafficClass | str = TrafficClass.NORMAL,
         deadline: float | None = None,
         backend: str | None = None,
+        verify: str | bool | None = None,
     ) -> Push:
         """Write a request's layers into a peer's memory, each when it is ready: `async with agent.push(peer, plan) as push`.
 
         The peer takes them by `incoming` under the same request. At most `window` layers are on their way or there and not yet used
-        by the peer (default: all), so that the peer's side may be a ring of `window` buffers. `traffic_class`, `priority` and
-        `deadline` are each transfer's, see `Agent.transfer`; `backend` forces the route.
+        by the peer (default: all), so that the peer's side may be a ring of `window` buffers. `traffic_class`, `priority`,
+        `deadline` and `verify` are each transfer's, see `Agent.transfer`; `backend` forces the route.
 
         Raises:
             ConfigurationError: an option is wrong.
             PeerLost: when the block is entered or left: the peer is not connected, or was lost.
         """
-        options = {"priority": priority, "traffic_class": traffic_class, "deadline": deadline}
+        options = {"priority": priority, "traffic_class": traffic_class, "deadline": deadline, "verify": verify}
         return Push(self._of_layers(), plan, _window(window), Route(_name(peer), True, backend, options))
 
     def incoming(self, request: str, *, peer: str | Peer | None = None) -> Incoming:
@@ -68,6 +69,7 @@ class LayerCalls:
         traffic_class: TrafficClass | str = TrafficClass.NORMAL,
         deadline: float | None = None,
         backend: str | None = None,
+        verify: str | bool | None = None,
     ) -> Pull:
         """Read a request's layers out of a peer's memory, each when the peer, by `offer`, says that it is ready.
 
@@ -79,7 +81,7 @@ class LayerCalls:
             ConfigurationError: an option is wrong.
             PeerLost: the peer is not connected, or was lost.
         """
-        options = {"priority": priority, "traffic_class": traffic_class, "deadline": deadline}
+        options = {"priority": priority, "traffic_class": traffic_class, "deadline": deadline, "verify": verify}
         return Pull(self._of_layers(), plan, _window(window), Route(_name(peer), False, backend, options), have)
 
     def offer(self, peer: str | Peer, request: str, n_layers: int) -> Offer:

@@ -60,6 +60,7 @@ class Sender(Protocol):
         traffic_class: TrafficClass | str = TrafficClass.NORMAL,
         deadline: float | None = None,
         after: object = None,
+        verify: str | bool | None = None,
     ) -> Transfer:
         """See `Agent.submit`."""
 

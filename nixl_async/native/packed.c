@@ -83,7 +83,7 @@ static uint32_t packed_serve(packed_thread *self, packed_slot *slot) {
         return PACKED_MALFORMED;
     memcpy(keys, slot->keys, 8 * n_keys);
     memcpy(self->segments, slot->segments, n * sizeof *self->segments);
-    uint32_t status = (uint32_t)regions_hold(&server->regions, keys, n_keys, (int)put, held);
+    uint32_t status = (uint32_t)regions_hold(&server->regions, 0, keys, n_keys, (int)put, held);
     if (status)
         return status;
     for (uint32_t i = 0; i < n && !status; i++) {
@@ -287,7 +287,7 @@ void nx_packed_close(nx_packed *server) {
 }
 
 int nx_packed_register(nx_packed *server, uint64_t key, int64_t address, int64_t nbytes, int readonly) {
-    return regions_add(&server->regions, key, address, nbytes, readonly);
+    return regions_add(&server->regions, key, address, nbytes, readonly, 0);
 }
 
 /* Refuses the region from here on. Returns 0 once no copy touches it; without `wait` -EBUSY when one still does. */

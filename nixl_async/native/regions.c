@@ -1,7 +1,7 @@
 /* A table of registered memory that peers' requests are checked against. Included by the engines that serve such requests.
 
    A request holds every region that it names before the first byte moves, and lets go of them after the last. A region that is
-   removed is refused from then on; it is gone once nothing holds it. */
+   removed is refused from then on; it is gone once nothing holds it. One that was added for a guest is there for no other. */
 #ifndef NX_REGIONS_C
 #define NX_REGIONS_C
 #include <errno.h>
@@ -18,6 +18,7 @@ typedef struct nx_region {
     struct nx_region *next;
     uint64_t key, address, nbytes;
     int readonly, gone;
+    uint64_t guest; /* 0: any */
     int64_t refs, gone_id;
 } nx_region;
 
@@ -34,7 +35,7 @@ static nx_region **regions_find(nx_region_table *table, uint64_t key) {
 }
 
 /* Returns 0, -EEXIST or -ENOMEM. */
-static int regions_add(nx_region_table *table, uint64_t key, int64_t address, int64_t nbytes, int readonly) {
+static int regions_add(nx_region_table *table, uint64_t key, int64_t address, int64_t nbytes, int readonly, uint64_t guest) {
     nx_region *region = calloc(1, sizeof *region);
     if (!region)
         return -ENOMEM;
@@ -42,6 +43,7 @@ static int regions_add(nx_region_table *table, uint64_t key, int64_t address, in
     region->address = (uint64_t)address;
     region->nbytes = (uint64_t)nbytes;
     region->readonly = readonly;
+    region->guest = guest;
     pthread_mutex_lock(&table->lock);
     nx_region **place = regions_find(table, key);
     int taken = *place != NULL;
@@ -71,14 +73,15 @@ static int regions_remove(nx_region_table *table, uint64_t key, int64_t id) {
     return quiet ? 0 : region ? -EBUSY : -ENOENT;
 }
 
-/* Holds the regions of `n` keys for reading, or for writing; returns 0, or why not: then none is held. */
-static int regions_hold(nx_region_table *table, const uint64_t *keys, uint32_t n, int writing, nx_region **held) {
+/* Holds the regions of `n` keys for reading, or for writing, by `guest`; returns 0, or why not: then none is held. */
+static int regions_hold(nx_region_table *table, uint64_t guest, const uint64_t *keys, uint32_t n, int writing,
+                        nx_region **held) {
     int status = 0;
     uint32_t i = 0;
     pthread_mutex_lock(&table->lock);
     for (; i < n && !status; i++) {
         nx_region *region = *regions_find(table, keys[i]);
-        if (!region || region->gone) {
+        if (!region || region->gone || (region->guest && region->guest != guest)) {
             status = REGION_UNKNOWN;
         } else if (writing && region->readonly) {
             status = REGION_READ_ONLY;

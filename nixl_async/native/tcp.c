@@ -30,8 +30,9 @@
 #include "tcp_stream.c"
 
 #define TCP_EVENTS 64
-#define TCP_STRANGER_NS 10000000000ll
-#define TCP_SWEEP_MS 5000
+/* How long a connection may take to introduce itself, and how often those that have not are looked at. */
+#define TCP_STRANGER_NS 2000000000ll
+#define TCP_SWEEP_MS 500
 
 /* Streams. */
 
@@ -55,20 +56,9 @@ static nx_tcp_stream *tcp_new_stream(nx_tcp *engine, int fd, int64_t id, int our
     stream->phase = ours ? RX_HEAD : RX_HELLO;
     stream->queue.end = &stream->queue.first;
     stream->waiting.end = &stream->waiting.first;
-    stream->last_rx_ns = tcp_clock();
+    stream->last_rx_ns = stream->since_ns = tcp_clock();
     stream->stage = stage;
     return stream;
-}
-
-static void tcp_unref(nx_tcp_stream *stream) {
-    if (__atomic_sub_fetch(&stream->refs, 1, __ATOMIC_ACQ_REL))
-        return;
-    if (stream->express >= 0)
-        close(stream->express);
-    pthread_mutex_destroy(&stream->lock);
-    free(stream->stage);
-    free(stream->bounce);
-    free(stream);
 }
 
 /* Express streams have a list of their own: their owner's thread may end them while the loop's walks through the other. */
@@ -120,8 +110,7 @@ static void tcp_end(nx_tcp_stream *stream, int status) {
             shutdown(stream->fd, SHUT_RDWR);
     }
     stream->fd = -1;
-    if (stream->phase == RX_HELLO)
-        __atomic_sub_fetch(&engine->strangers, 1, __ATOMIC_RELAXED);
+    tcp_stranger_went(engine, stream);
     int64_t failed = status ? status : -ENOTCONN;
     if (stream->rx_frame)
         tcp_fail(stream, stream->rx_frame, failed);
@@ -234,7 +223,7 @@ static void tcp_end_some(tcp_loop *loop, const tcp_command *command) {
         pthread_mutex_lock(&stream->lock);
         int wanted = 0;
         if (command->kind == DO_DROP_ACCEPTED) {
-            wanted = stream->n_identity == command->n_identity &&
+            wanted = stream->n_identity >= command->n_identity &&
                      memcmp(stream->identity, command->identity, command->n_identity) == 0;
         } else {
             wanted = tcp_holds(stream->rx_frame, command->key);
@@ -317,9 +306,21 @@ static void tcp_tune(int fd) {
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof count);
 }
 
+/* Returns what a connection counts for: its IPv4 address, or the /64 that its IPv6 address is in. */
+static unsigned tcp_source(const struct sockaddr_storage *address) {
+    uint64_t source = 0;
+    if (address->ss_family == AF_INET)
+        source = ((const struct sockaddr_in *)address)->sin_addr.s_addr;
+    else if (address->ss_family == AF_INET6)
+        memcpy(&source, &((const struct sockaddr_in6 *)address)->sin6_addr, sizeof source);
+    return (unsigned)((source * 0x9e3779b97f4a7c15ull) >> 32) % TCP_SOURCES;
+}
+
 static void tcp_accept(nx_tcp *engine, int listener) {
     for (;;) {
-        int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        struct sockaddr_storage address;
+        socklen_t n_address = sizeof address;
+        int fd = accept4(listener, (struct sockaddr *)&address, &n_address, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0) {
             if (errno == EINTR || errno == ECONNABORTED)
                 continue;
@@ -330,14 +331,14 @@ static void tcp_accept(nx_tcp *engine, int listener) {
             }
             return;
         }
-        nx_tcp_stream *stream = NULL;
-        if (__atomic_add_fetch(&engine->strangers, 1, __ATOMIC_RELAXED) <= TCP_MAX_STRANGERS)
-            stream = tcp_new_stream(engine, fd, 0, 0);
+        tcp_make_room(engine);
+        nx_tcp_stream *stream = tcp_new_stream(engine, fd, 0, 0);
         if (!stream) {
-            __atomic_sub_fetch(&engine->strangers, 1, __ATOMIC_RELAXED);
             close(fd);
             continue;
         }
+        stream->source = tcp_source(&address);
+        tcp_stranger_came(engine, stream);
         tcp_tune(fd);
         /* It cannot end before its loop has heard of it, and that it does through epoll. */
         tcp_add(stream);
@@ -358,11 +359,14 @@ static void tcp_free_ended(tcp_loop *loop) {
 
 static void tcp_sweep(tcp_loop *loop) {
     int64_t now = tcp_clock();
+    if (now - loop->swept_ns < TCP_SWEEP_MS * 1000000ll)
+        return;
+    loop->swept_ns = now;
     nx_tcp_stream *next;
     for (nx_tcp_stream *stream = loop->streams; stream; stream = next) {
         next = stream->next;
         pthread_mutex_lock(&stream->lock);
-        if (stream->phase == RX_HELLO && now - stream->last_rx_ns > TCP_STRANGER_NS)
+        if (stream->phase == RX_HELLO && now - stream->since_ns > TCP_STRANGER_NS)
             tcp_end(stream, -ETIMEDOUT);
         pthread_mutex_unlock(&stream->lock);
     }
@@ -423,7 +427,7 @@ static void *tcp_run(void *argument) {
             if (tcp_turn(stream))
                 tcp_make_ready(loop, stream);
         }
-        if (strangers && n == 0)
+        if (strangers)
             tcp_sweep(loop);
         if (!loop->ready)
             tcp_free_ended(loop);
@@ -468,23 +472,31 @@ void nx_tcp_close(nx_tcp *engine) {
     for (int i = 0; i < engine->n_listeners; i++)
         close(engine->listeners[i]);
     regions_clear(&engine->regions);
+    while (engine->guests) {
+        tcp_guest *guest = engine->guests;
+        engine->guests = guest->next;
+        free(guest);
+    }
     pthread_mutex_destroy(&engine->regions.lock);
+    pthread_mutex_destroy(&engine->guests_lock);
     pthread_mutex_destroy(&engine->done_lock);
+    pthread_mutex_destroy(&engine->strangers_lock);
     free(engine->done);
     free(engine);
 }
 
-/* Starts `threads` loops. `event_fd` (the caller's) is written to when there are completions; peers must show `token`, 16 bytes.
-   Returns NULL when the system has no thread or descriptor left. */
-nx_tcp *nx_tcp_open(int threads, int event_fd, const uint8_t *token) {
+/* Starts `threads` loops. `event_fd` (the caller's) is written to when there are completions. Returns NULL when the system has no
+   thread or descriptor left. */
+nx_tcp *nx_tcp_open(int threads, int event_fd) {
     nx_tcp *engine = calloc(1, sizeof *engine + (size_t)threads * sizeof(tcp_loop));
     if (!engine)
         return NULL;
-    memcpy(engine->token, token, 16);
     engine->event_fd = event_fd;
     engine->n_loops = threads;
     pthread_mutex_init(&engine->regions.lock, NULL);
+    pthread_mutex_init(&engine->guests_lock, NULL);
     pthread_mutex_init(&engine->done_lock, NULL);
+    pthread_mutex_init(&engine->strangers_lock, NULL);
     int failed = 0;
     sigset_t all, before;
     sigfillset(&all);
@@ -531,8 +543,12 @@ int nx_tcp_listen(nx_tcp *engine, int fd) {
 /* Cuts off the peers whose requests still touch a region that is being unregistered. */
 int nx_tcp_cut_region(nx_tcp *engine, uint64_t key) { return tcp_post_all(engine, DO_CUT_REGION, key, NULL, 0, 0); }
 
-/* Cuts off the peer that introduced itself as `identity`; `id` completes when no request of it is served any more. */
-int nx_tcp_drop_accepted(nx_tcp *engine, const uint8_t *identity, int64_t n_identity, int64_t id) {
+/* Cuts off the streams whose other side introduced itself with what begins with `identity`; `id` completes when no request of
+   theirs is served any more. With `dismiss` the token of that identity lets nobody in from here on. */
+int nx_tcp_drop_accepted(nx_tcp *engine, const uint8_t *identity, int64_t n_identity, int64_t id, int dismiss) {
+    /* Whoever was recognised before is known by its identity to the loop that is about to be told. */
+    if (dismiss)
+        tcp_dismiss(engine, identity, (size_t)n_identity);
     return tcp_post_all(engine, DO_DROP_ACCEPTED, 0, identity, (size_t)n_identity, id);
 }
 

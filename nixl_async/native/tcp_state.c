@@ -1,7 +1,8 @@
 /* The socket engine's types, its table of regions and its completions. Part of the unit tcp.c.
 
    Locks, in the order in which they may nest: a stream's `lock` (its socket and queues), a loop's `lock` (inbox and list of
-   streams), the lock of the engine's `regions`, the engine's `done_lock`. */
+   streams), the lock of the engine's `regions`, the engine's `guests_lock` and `done_lock`; `strangers_lock` comes after a
+   stream's lock. */
 #define TCP_MAGIC 0x5458494eu
 #define TCP_HELLO "nixltcp1"
 #define TCP_MAX_IDENTITY 1024
@@ -9,6 +10,7 @@
 #define TCP_MAX_OP (1ull << 30)
 #define TCP_CREDITS 64
 #define TCP_MAX_STRANGERS 256
+#define TCP_SOURCES 1024
 #define TCP_STAGE (32 << 10)
 #define TCP_IOV 1024
 #define TCP_CHUNK (1 << 20)
@@ -92,8 +94,11 @@ struct nx_tcp_stream {
     tcp_queue queue, waiting;
     int requests; /* of ours sent or being sent and not answered; of theirs not answered wholly */
     uint64_t moved;
-    int64_t last_rx_ns;
+    int64_t last_rx_ns, since_ns;
     int phase;
+    nx_tcp_stream *older, *newer; /* among those that have not introduced themselves */
+    int stranger;
+    unsigned source; /* where it comes from, as an index of the engine's `from` */
     tcp_header rx;
     tcp_frame *rx_frame;
     char *rx_table;
@@ -102,6 +107,7 @@ struct nx_tcp_stream {
     uint8_t rx_status;
     char *stage, *bounce;
     size_t stage_at, stage_end;
+    uint64_t guest; /* who it is, once it has shown the token of `identity` */
     uint32_t n_identity;
     char identity[TCP_MAX_IDENTITY];
 };
@@ -123,19 +129,35 @@ struct tcp_loop {
     pthread_t thread;
     pthread_mutex_t lock;
     int epoll_fd, wake_fd, started, sleeping, stop;
+    int64_t swept_ns;
     tcp_command *first, **end;
     nx_tcp_stream *streams, *express, *ready, *ended; /* all but `ready`, which is the thread's alone, under `lock` */
 };
+
+/* Somebody who may connect: what it calls itself, and the token that it alone was told. Numbers are never used again. */
+typedef struct tcp_guest {
+    struct tcp_guest *next;
+    uint64_t number;
+    uint8_t token[16];
+    uint32_t n_identity;
+    char identity[];
+} tcp_guest;
 
 typedef struct {
     int64_t id, status;
 } tcp_completion;
 
 struct nx_tcp {
-    uint8_t token[16];
-    int event_fd, n_loops, strangers, n_listeners, listeners[TCP_MAX_LISTENERS];
+    int event_fd, n_loops, n_listeners, listeners[TCP_MAX_LISTENERS];
     unsigned next_loop;
+    pthread_mutex_t strangers_lock;
+    int strangers; /* how many; all of them from the oldest to the newest, and how many come from each source */
+    nx_tcp_stream *oldest, *newest;
+    uint16_t from[TCP_SOURCES];
     nx_region_table regions;
+    pthread_mutex_t guests_lock;
+    tcp_guest *guests;
+    uint64_t last_guest;
     pthread_mutex_t done_lock;
     tcp_completion *done;
     int64_t n_done, at_done, room_done;
@@ -160,6 +182,71 @@ static tcp_frame *tcp_pop(tcp_queue *queue) {
     if (!queue->first)
         queue->end = &queue->first;
     return frame;
+}
+
+/* Strangers. */
+
+static void tcp_unref(nx_tcp_stream *stream) {
+    if (__atomic_sub_fetch(&stream->refs, 1, __ATOMIC_ACQ_REL))
+        return;
+    if (stream->express >= 0)
+        close(stream->express);
+    pthread_mutex_destroy(&stream->lock);
+    free(stream->stage);
+    free(stream->bounce);
+    free(stream);
+}
+
+static void tcp_stranger_came(nx_tcp *engine, nx_tcp_stream *stream) {
+    pthread_mutex_lock(&engine->strangers_lock);
+    stream->stranger = 1;
+    stream->older = engine->newest;
+    if (engine->newest)
+        engine->newest->newer = stream;
+    else
+        engine->oldest = stream;
+    engine->newest = stream;
+    engine->from[stream->source]++;
+    engine->strangers++;
+    pthread_mutex_unlock(&engine->strangers_lock);
+}
+
+static void tcp_unlink_stranger(nx_tcp *engine, nx_tcp_stream *stream) {
+    *(stream->older ? &stream->older->newer : &engine->oldest) = stream->newer;
+    *(stream->newer ? &stream->newer->older : &engine->newest) = stream->older;
+    stream->older = stream->newer = NULL;
+    stream->stranger = 0;
+    engine->from[stream->source]--;
+    engine->strangers--;
+}
+
+/* It has introduced itself, or has ended. */
+static void tcp_stranger_went(nx_tcp *engine, nx_tcp_stream *stream) {
+    pthread_mutex_lock(&engine->strangers_lock);
+    if (stream->stranger)
+        tcp_unlink_stranger(engine, stream);
+    pthread_mutex_unlock(&engine->strangers_lock);
+}
+
+/* Makes room for one more: whoever fills it gives way, the oldest of the source that has the most. Its loop hears of the end. */
+static void tcp_make_room(nx_tcp *engine) {
+    pthread_mutex_lock(&engine->strangers_lock);
+    nx_tcp_stream *found = engine->strangers < TCP_MAX_STRANGERS ? NULL : engine->oldest;
+    for (nx_tcp_stream *one = found; one; one = one->newer)
+        if (engine->from[one->source] > engine->from[found->source])
+            found = one;
+    if (found) {
+        tcp_unlink_stranger(engine, found);
+        __atomic_add_fetch(&found->refs, 1, __ATOMIC_RELAXED);
+    }
+    pthread_mutex_unlock(&engine->strangers_lock);
+    if (!found)
+        return;
+    pthread_mutex_lock(&found->lock);
+    if (found->fd >= 0 && found->phase == RX_HELLO)
+        shutdown(found->fd, SHUT_RDWR);
+    pthread_mutex_unlock(&found->lock);
+    tcp_unref(found);
 }
 
 /* Completions. */
@@ -204,10 +291,68 @@ int nx_tcp_completions(nx_tcp *engine, int64_t *ids, int64_t *statuses, int max)
     return n;
 }
 
+/* Guests. */
+
+static int tcp_equal(const uint8_t *a, const uint8_t *b, size_t n) {
+    uint8_t differ = 0;
+    for (size_t i = 0; i < n; i++)
+        differ |= a[i] ^ b[i];
+    return differ == 0;
+}
+
+static tcp_guest **tcp_find_guest(nx_tcp *engine, const void *identity, size_t n_identity) {
+    tcp_guest **place = &engine->guests;
+    while (*place && ((*place)->n_identity != n_identity || memcmp((*place)->identity, identity, n_identity)))
+        place = &(*place)->next;
+    return place;
+}
+
+/* Returns the number of the guest whose identity the introduction begins with if the token is its own, else 0. An identity ends in
+   the second of its two zero bytes: no other begins with it. */
+static uint64_t tcp_recognise(nx_tcp *engine, const char *introduction, size_t n, const uint8_t *token) {
+    pthread_mutex_lock(&engine->guests_lock);
+    tcp_guest *guest = engine->guests;
+    while (guest && (guest->n_identity > n || memcmp(guest->identity, introduction, guest->n_identity)))
+        guest = guest->next;
+    uint64_t number = guest && tcp_equal(guest->token, token, 16) ? guest->number : 0;
+    pthread_mutex_unlock(&engine->guests_lock);
+    return number;
+}
+
+/* Lets whoever calls itself `identity` and shows `token` connect, and returns its number, or -ENOMEM or -EINVAL. Invited before,
+   it keeps its number, and the token that it was told is written to `token`. */
+int64_t nx_tcp_invite(nx_tcp *engine, const uint8_t *identity, int64_t n_identity, uint8_t *token) {
+    if (n_identity < 0 || n_identity > TCP_MAX_IDENTITY)
+        return -EINVAL;
+    pthread_mutex_lock(&engine->guests_lock);
+    tcp_guest **place = tcp_find_guest(engine, identity, (size_t)n_identity), *guest = *place;
+    if (guest) {
+        memcpy(token, guest->token, 16);
+    } else if ((guest = malloc(sizeof *guest + (size_t)n_identity))) {
+        *guest = (tcp_guest){.number = ++engine->last_guest, .n_identity = (uint32_t)n_identity};
+        memcpy(guest->token, token, 16);
+        memcpy(guest->identity, identity, (size_t)n_identity);
+        *place = guest;
+    }
+    int64_t number = guest ? (int64_t)guest->number : -ENOMEM;
+    pthread_mutex_unlock(&engine->guests_lock);
+    return number;
+}
+
+static void tcp_dismiss(nx_tcp *engine, const uint8_t *identity, size_t n_identity) {
+    pthread_mutex_lock(&engine->guests_lock);
+    tcp_guest **place = tcp_find_guest(engine, identity, n_identity), *guest = *place;
+    if (guest)
+        *place = guest->next;
+    pthread_mutex_unlock(&engine->guests_lock);
+    free(guest);
+}
+
 /* Regions. */
 
-int nx_tcp_register(nx_tcp *engine, uint64_t key, int64_t address, int64_t nbytes, int readonly) {
-    return regions_add(&engine->regions, key, address, nbytes, readonly);
+/* `guest`: what nx_tcp_invite returned for the only one that may use the key; 0 for all. */
+int nx_tcp_register(nx_tcp *engine, uint64_t key, int64_t address, int64_t nbytes, int readonly, uint64_t guest) {
+    return regions_add(&engine->regions, key, address, nbytes, readonly, guest);
 }
 
 /* Refuses the region from here on; `id` completes once no peer's request touches it. */
@@ -236,13 +381,13 @@ static void tcp_free(nx_tcp *engine, tcp_frame *frame) {
 
 /* Holds the regions that a peer's request names, checks every segment, and turns the segments into iovecs. Returns 0 or the
    status to refuse with; then nothing is held. */
-static int tcp_admit(nx_tcp *engine, tcp_frame *frame) {
+static int tcp_admit(nx_tcp *engine, uint64_t guest, tcp_frame *frame) {
     uint32_t n_keys = frame->header.n_keys;
     frame->held = malloc(n_keys * sizeof *frame->held);
     if (!frame->held)
         return TCP_NO_MEMORY;
     const uint64_t *keys = (const uint64_t *)(const void *)frame->memory;
-    int status = regions_hold(&engine->regions, keys, n_keys, frame->header.kind == TCP_PUT, frame->held);
+    int status = regions_hold(&engine->regions, guest, keys, n_keys, frame->header.kind == TCP_PUT, frame->held);
     if (status)
         return status;
     frame->n_held = n_keys;

@@ -149,24 +149,19 @@ static void tcp_answer(nx_tcp_stream *stream, tcp_frame *frame, int kind, int st
     tcp_push(&stream->queue, frame);
 }
 
-static int tcp_equal(const uint8_t *a, const uint8_t *b, size_t n) {
-    uint8_t differ = 0;
-    for (size_t i = 0; i < n; i++)
-        differ |= a[i] ^ b[i];
-    return differ == 0;
-}
-
 static int tcp_got_hello(nx_tcp_stream *stream, const char *stage, size_t n) {
     nx_tcp *engine = stream->loop->engine;
     tcp_hello hello;
     if (n < sizeof hello)
         return 0;
     memcpy(&hello, stage, sizeof hello);
-    if (memcmp(hello.magic, TCP_HELLO, 8) || hello.zero || hello.n_identity > TCP_MAX_IDENTITY ||
-        !tcp_equal(hello.token, engine->token, 16))
+    if (memcmp(hello.magic, TCP_HELLO, 8) || hello.zero || hello.n_identity > TCP_MAX_IDENTITY)
         return -EACCES;
     if (n < sizeof hello + hello.n_identity)
         return 0;
+    stream->guest = tcp_recognise(engine, stage + sizeof hello, hello.n_identity, hello.token);
+    if (!stream->guest)
+        return -EACCES;
     tcp_frame *frame = calloc(1, sizeof *frame);
     if (!frame)
         return -ENOMEM;
@@ -174,7 +169,7 @@ static int tcp_got_hello(nx_tcp_stream *stream, const char *stage, size_t n) {
     stream->n_identity = hello.n_identity;
     stream->stage_at += sizeof hello + hello.n_identity;
     stream->phase = RX_HEAD;
-    __atomic_sub_fetch(&engine->strangers, 1, __ATOMIC_RELAXED);
+    tcp_stranger_went(engine, stream);
     frame->header.magic = TCP_MAGIC;
     stream->requests++;
     tcp_answer(stream, frame, TCP_ACK, 0);
@@ -242,7 +237,7 @@ static int tcp_got_table(nx_tcp_stream *stream) {
     }
     if (total != frame->header.nbytes)
         return -EBADMSG;
-    int status = tcp_admit(engine, frame);
+    int status = tcp_admit(engine, stream->guest, frame);
     if (frame->header.kind == TCP_PUT && !status) {
         stream->phase = RX_PAYLOAD;
     } else if (frame->header.kind == TCP_PUT) {

@@ -94,14 +94,14 @@ struct nx_ucx_ep {
     ucp_ep_h ep;
     int64_t id;
     uint64_t identity; /* of the peer, 0 for one that is no agent of ours */
-    int refs, wants_close, closed, reported, hears, gone;
+    int refs, wants_close, flushed, closed, reported, hears, gone;
     int64_t stop_ns; /* when its closing, or the end of one of its ops, was asked for */
     ucs_status_t failed;
-    ucs_status_ptr_t closing;
+    ucs_status_ptr_t flush, closing; /* the flush before it closes; that it closes */
     ucx_op *ops;
 };
 
-enum { UCX_DO_ADD, UCX_DO_SUBMIT, UCX_DO_CANCEL, UCX_DO_CLOSE, UCX_DO_CUDA };
+enum { UCX_DO_ADD, UCX_DO_SUBMIT, UCX_DO_CANCEL, UCX_DO_CLOSE, UCX_DO_FAIL, UCX_DO_SETTLE, UCX_DO_CUDA };
 
 typedef struct ucx_command {
     struct ucx_command *next;
@@ -382,15 +382,32 @@ static int ucx_step(ucx_op *op) {
     return 2;
 }
 
+/* Flushes an endpoint that is to be closed; returns whether it did anything. Closing flushes too, but cannot be cut short then. */
+static int ucx_flush(nx_ucx_ep *ep) {
+    if (!ep->flush) {
+        ucp_request_param_t param = {0};
+        ep->flush = ucx.ucp_ep_flush_nbx(ep->ep, &param);
+    } else if (ep->failed == UCS_OK && ucx.ucp_request_check_status(ep->flush) == UCS_INPROGRESS) {
+        return 0;
+    } else {
+        ucx.ucp_request_free(ep->flush);
+        ep->flush = NULL;
+    }
+    if (UCS_PTR_IS_ERR(ep->flush))
+        ep->flush = NULL;
+    ep->flushed = !ep->flush;
+    return 1;
+}
+
 static int ucx_step_ep(nx_ucx_ep *ep) {
     int did = 0;
-    int stopping = ep->wants_close && ep->ops;
+    int stopping = ep->wants_close;
     for (ucx_op *op = ep->ops; op && !stopping; op = op->next)
         stopping = op->cancelled;
     if (!stopping)
         ep->stop_ns = 0;
     /* What a silent peer does not answer would go on for ever: its endpoint is cut, which ends everything on it. */
-    if (stopping && ep->failed == UCS_OK && ucx_clock() - ep->stop_ns > UCX_GRACE_NS)
+    if (stopping && (ep->ops || ep->flush) && ep->failed == UCS_OK && ucx_clock() - ep->stop_ns > UCX_GRACE_NS)
         ep->failed = UCS_ERR_TIMED_OUT;
     for (ucx_op **place = &ep->ops; *place;) {
         int result = ucx_step(*place);
@@ -407,8 +424,10 @@ static int ucx_step_ep(nx_ucx_ep *ep) {
         ep->reported = 1;
         ucx_complete(ep->engine, ep->id, ep->failed);
     }
+    if (ep->flush || (ep->wants_close && !ep->ops && !ep->flushed && !ep->closing && !ep->closed && ep->failed == UCS_OK))
+        did |= ucx_flush(ep);
     /* A failed endpoint is closed by force, which ends what is in flight on it. */
-    if (!ep->closing && !ep->closed && (ep->failed != UCS_OK || (ep->wants_close && !ep->ops))) {
+    if (!ep->closing && !ep->closed && (ep->failed != UCS_OK || (ep->wants_close && ep->flushed))) {
         ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS,
                                      .flags = ep->failed != UCS_OK ? UCP_EP_CLOSE_FLAG_FORCE : 0};
         /* From here on no rkey is unpacked on it any more: UCX crashes on an endpoint that is gone. */
@@ -467,6 +486,14 @@ static void ucx_obey(nx_ucx *engine, ucx_command *command) {
         ep->wants_close = 1;
         ep->stop_ns = ucx_clock();
         break;
+    case UCX_DO_FAIL:
+        if (ep->failed == UCS_OK && !ep->closing && !ep->closed)
+            ep->failed = UCS_ERR_CONNECTION_RESET;
+        break;
+    case UCX_DO_SETTLE:
+        while (ucx.ucp_worker_progress(engine->worker)) {}
+        ucx_complete(engine, command->id, 0);
+        break;
     case UCX_DO_CUDA: {
         int failed = cuda.cuCtxSetCurrent((void *)(uintptr_t)command->id);
         pthread_mutex_lock(&engine->lock);
@@ -486,7 +513,7 @@ static int ucx_step_all(nx_ucx *engine, int *busy) {
     for (nx_ucx_ep **place = &engine->eps; *place;) {
         nx_ucx_ep *ep = *place;
         did |= ucx_step_ep(ep);
-        *busy |= ep->ops || ep->closing;
+        *busy |= ep->ops || ep->flush || ep->closing;
         if (ep->closed && !ep->ops && ep->wants_close) {
             *place = ep->next;
             if (!ep->reported)
@@ -625,7 +652,7 @@ void nx_ucx_close(nx_ucx *engine) {
         free(message);
     }
     while (engine->regions)
-        pack_drop_region(engine, engine->regions->memory);
+        pack_drop_region(engine, engine->regions->token);
     close(engine->wake_fd);
     pthread_mutex_destroy(&engine->regions_lock);
     pthread_mutex_destroy(&engine->close_lock);
@@ -701,7 +728,7 @@ int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, uint64_t token, 
         result = ucx_copy_out(packed, n_packed, key, room, n);
         ucx.ucp_rkey_buffer_release(packed);
     }
-    if (!result && !context && pack_add_region(engine, handle, address, nbytes, token))
+    if (!result && !context && pack_add_region(engine, address, nbytes, token))
         result = UCS_ERR_NO_MEMORY;
     if (result && mapped)
         ucx.ucp_mem_unmap(engine->context, handle);
@@ -710,8 +737,8 @@ int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, uint64_t token, 
     return result;
 }
 
-int nx_ucx_unmap(nx_ucx *engine, void *memory) {
-    pack_drop_region(engine, memory);
+int nx_ucx_unmap(nx_ucx *engine, void *memory, uint64_t token) {
+    pack_drop_region(engine, token);
     return ucx.ucp_mem_unmap(engine->context, memory);
 }
 
@@ -742,6 +769,12 @@ nx_ucx_ep *nx_ucx_connect(nx_ucx *engine, const uint8_t *address, int64_t id, ui
 }
 
 int nx_ucx_disconnect(nx_ucx_ep *ep) { return ucx_post_command(ep->engine, UCX_DO_CLOSE, ep, NULL, 0); }
+
+/* Lets the endpoint fail as if the network had: what is on it fails, and it is closed by force. */
+int nx_ucx_fail(nx_ucx_ep *ep) { return ucx_post_command(ep->engine, UCX_DO_FAIL, ep, NULL, 0); }
+
+/* `id` completes when all that had arrived before has been taken: copied to where it belongs, or dropped with its endpoint. */
+int nx_ucx_settle(nx_ucx *engine, int64_t id) { return ucx_post_command(engine, UCX_DO_SETTLE, NULL, NULL, id); }
 
 /* Gives up the pointer, once the endpoint has closed. */
 void nx_ucx_forget(nx_ucx_ep *ep) { ucx_unref(ep); }

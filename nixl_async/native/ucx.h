@@ -10,10 +10,12 @@ int nx_ucx_use_cuda(nx_ucx *engine, uintptr_t context);
 
 int nx_ucx_map(nx_ucx *engine, int64_t address, int64_t nbytes, uint64_t token, uintptr_t context, void **memory, uint8_t *key,
                int64_t room, int64_t *n);
-int nx_ucx_unmap(nx_ucx *engine, void *memory);
+int nx_ucx_unmap(nx_ucx *engine, void *memory, uint64_t token);
 
 nx_ucx_ep *nx_ucx_connect(nx_ucx *engine, const uint8_t *address, int64_t id, uint64_t identity, int *status);
 int nx_ucx_disconnect(nx_ucx_ep *ep);
+int nx_ucx_fail(nx_ucx_ep *ep);
+int nx_ucx_settle(nx_ucx *engine, int64_t id);
 void nx_ucx_forget(nx_ucx_ep *ep);
 void *nx_ucx_rkey(nx_ucx_ep *ep, const uint8_t *key, uintptr_t context, int *status);
 void nx_ucx_rkey_free(void *rkey);

@@ -30,7 +30,6 @@ _Static_assert(sizeof(pack_header) == 40 && sizeof(pack_segment) == 16, "message
 
 typedef struct ucx_region {
     struct ucx_region *next;
-    void *memory;
     uint64_t address, nbytes, token;
 } ucx_region;
 
@@ -279,21 +278,22 @@ static ucs_status_t pack_arrived(void *argument, const void *raw, size_t n_heade
 
 /* What is registered. */
 
-static int pack_add_region(nx_ucx *engine, void *memory, int64_t address, int64_t nbytes, uint64_t token) {
+static int pack_add_region(nx_ucx *engine, int64_t address, int64_t nbytes, uint64_t token) {
     ucx_region *region = malloc(sizeof *region);
     if (!region)
         return -1;
     pthread_mutex_lock(&engine->regions_lock);
-    *region = (ucx_region){engine->regions, memory, (uint64_t)address, (uint64_t)nbytes, token};
+    *region = (ucx_region){engine->regions, (uint64_t)address, (uint64_t)nbytes, token};
     engine->regions = region;
     pthread_mutex_unlock(&engine->regions_lock);
     return 0;
 }
 
-static void pack_drop_region(nx_ucx *engine, void *memory) {
+/* By its token: UCX may have given one handle for two mappings of the same memory. */
+static void pack_drop_region(nx_ucx *engine, uint64_t token) {
     pthread_mutex_lock(&engine->regions_lock);
     ucx_region **place = &engine->regions;
-    while (*place && (*place)->memory != memory)
+    while (*place && (*place)->token != token)
         place = &(*place)->next;
     ucx_region *found = *place;
     if (found)

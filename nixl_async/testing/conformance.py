@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import resource
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
 
-from nixl_async.backend import Backend, Begun, PeerInfo
-from nixl_async.errors import NixlError, PeerLost, TransferError
+from nixl_async.backend import Backend, Begun, PeerInfo, Revocation
+from nixl_async.errors import AccessError, NixlError, PeerLost, TransferError
 from nixl_async.testing.cancelling import cancel_after, cancel_at_await
 from nixl_async.testing.pair import HOST, THEIRS, Copy, Pair, open_pair
 from nixl_async.testing.patterns import CANARY, Canary, assert_same, pattern
 from nixl_async.testing.process import make_backend, process_peer
+
+if TYPE_CHECKING:
+    from nixl_async.testing.patterns import Bytes
 
 PROMPT_SECONDS = 1.0
 PATIENCE_SECONDS = 30.0
@@ -249,7 +253,7 @@ class BackendTests:
     async def test_malformed_descriptions_are_refused(self, pair: Pair) -> None:
         if not pair.ours.remote:
             pytest.skip("it connects to nobody")
-        good = pair.theirs.describe()
+        good = pair.theirs.describe_to("ours", pair.our_incarnation)
         for description in (b"", b"\0", b"{}", b"[]", b"\xff" * 64, good[:-1][: len(good) // 2], b"x" * 100_000):
             with pytest.raises(NixlError):
                 async with asyncio.timeout(PATIENCE_SECONDS):
@@ -275,6 +279,66 @@ class BackendTests:
             with pytest.raises(TransferError):
                 await pair.ours.copy(op)
         assert_same(memory.dst_bytes, np.full(4096, CANARY, np.uint8))
+
+    # Keys that are one peer's.
+
+    async def test_a_granted_key_copies_until_it_is_revoked(self, pair: Pair, direction: str) -> None:
+        far, near = self._far(direction)
+        granted, revoke = await pair.lend(far)
+        here = await pair.register(near)
+        sides = (here, granted) if direction == "put" else (granted, here)
+        await pair.copy(*sides)
+        assert_same(near, far)
+        await revoke()
+        canary = Canary(far)
+        if pair.theirs.revocation is Revocation.ENFORCED:
+            for op in pair.ops(*sides):
+                with pytest.raises(AccessError):
+                    await pair.ours.copy(op)
+        canary.check()
+        # What was registered for all is there as before.
+        memory = await pair.memory(direction, 4096)
+        await pair.copy(memory.src, memory.dst)
+        memory.check()
+
+    async def test_nothing_moves_once_a_key_is_revoked(self, pair: Pair, direction: str) -> None:
+        far, near = self._far(direction, self.large_nbytes)
+        granted, revoke = await pair.lend(far)
+        here = await pair.register(near)
+        sides = (here, granted) if direction == "put" else (granted, here)
+        if pair.theirs.revocation is not Revocation.ENFORCED:
+            pytest.skip("it is the peer that stops")
+        task = asyncio.ensure_future(pair.copy(*sides))
+        await asyncio.wait([task], timeout=0.003)
+        await revoke()
+        await Canary(far).watch()
+        with contextlib.suppress(ExceptionGroup):
+            await task
+
+    async def test_a_key_granted_for_reading(self, pair: Pair) -> None:
+        if "put" not in self.directions:
+            pytest.skip("it never writes to a peer")
+        far, near = self._far("put")
+        granted, revoke = await pair.lend(far, writable=False)
+        here, canary = await pair.register(near), Canary(far)
+        if pair.theirs.revocation is Revocation.ENFORCED:
+            (op, *_) = pair.ops(here, granted)
+            with pytest.raises(AccessError):
+                await pair.ours.copy(op)
+        canary.check()
+        await revoke()
+
+    async def test_a_dismissed_peer_is_let_in_no_more(self, pair: Pair) -> None:
+        if pair.theirs.revocation is not Revocation.ENFORCED:
+            pytest.skip("whoever was told of it can reach it")
+        description = pair.theirs.describe_to("ours", pair.our_incarnation)
+        await pair.theirs.dismiss("ours", pair.our_incarnation)
+        await pair.ours.disconnect(THEIRS)
+        with pytest.raises(NixlError):
+            await pair.ours.connect(PeerInfo(THEIRS, pair.incarnation, description, HOST))
+        other = pair.theirs.describe_to("another", pair.our_incarnation)
+        with pytest.raises(NixlError):
+            await pair.ours.connect(PeerInfo(THEIRS, pair.incarnation, other, HOST))
 
     # Peers in other processes.
 
@@ -366,6 +430,14 @@ class BackendTests:
         async with asyncio.timeout(PATIENCE_SECONDS):
             await pair.copy(memory.src, memory.dst)
         memory.check()
+
+    @staticmethod
+    def _far(direction: str, nbytes: int = 3 << 20) -> tuple[Bytes, Bytes]:
+        """Return memory for the peer, and as much of ours, to be copied from or to it."""
+        if direction == "local":
+            pytest.skip("there is no peer")
+        full, empty = pattern(nbytes), np.zeros(nbytes, np.uint8)
+        return (empty, full) if direction == "put" else (full, empty)
 
     def _needs_processes(self) -> None:
         if not self.processes:

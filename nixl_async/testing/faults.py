@@ -1,13 +1,20 @@
-"""A wrapper that makes any backend slow, failing, hanging or deserted, for as long as a `with` block lasts."""
+"""A wrapper that makes any backend slow, failing, hanging, deserted or wrong, as long as a `with` block lasts; connections reset."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+
 from nixl_async.backend import Backend, Begun, Host, Op, PeerInfo, quiesce
+from nixl_async.descriptors import Plan
 from nixl_async.errors import PeerLost
 
 if TYPE_CHECKING:
@@ -15,6 +22,28 @@ if TYPE_CHECKING:
     from nixl_async.memory import MemoryRegion, RemoteRegion
 
 Fault: TypeAlias = Callable[[Op], Awaitable[None]]
+
+
+def reset_connections(port: int) -> int:
+    """Reset this process's TCP connections to `port`, whoever holds them, as a network does that forgets them; return how many."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            connection = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            # The listing's own descriptor, or one closed meanwhile.
+            continue
+        with connection:
+            try:
+                if connection.type == socket.SOCK_STREAM and connection.getpeername()[1] == port:
+                    # connect(2): AF_UNSPEC dissolves the association; TCP sends a reset.
+                    found += libc.connect(connection.fileno(), bytes(16), 16) == 0
+            except (OSError, IndexError):
+                continue
+    return found
 
 
 class Gate:
@@ -61,11 +90,14 @@ class FaultyBackend(Backend):
         # It takes the place of the inner one.
         self.name = inner.name  # type: ignore[misc]
         self.remote = inner.remote  # type: ignore[misc]
+        self.revocation = inner.revocation  # type: ignore[misc]
         self.limits = inner.limits
         self.rank = inner.rank
         self.copies = self.inline = self.in_flight = 0
         self._host: Host | None = None
         self._faults: list[Fault] = []
+        self._after: list[Fault] = []
+        self._bends: list[Callable[[Plan], Plan]] = []
 
     # Faults.
 
@@ -121,6 +153,55 @@ class FaultyBackend(Backend):
             yield
 
     @contextmanager
+    def misdirect(self, first: int, second: int) -> Iterator[None]:
+        """Write segment `first` of each op where `second` belongs and the other way round, and report success.
+
+        The two must be equally long; an op without them is carried out as it is.
+        """
+
+        def swap(plan: Plan) -> Plan:
+            if max(first, second) >= len(plan.lengths):
+                return plan
+            assert plan.lengths[first] == plan.lengths[second], "segments of unequal length cannot take each other's place"
+            order = np.arange(len(plan.lengths))
+            order[[first, second]] = order[[second, first]]
+            return replace(plan, dst=plan.dst.choose(order))
+
+        with self._bent(swap):
+            yield
+
+    @contextmanager
+    def leave_out(self, segment: int) -> Iterator[None]:
+        """Leave out one segment of each op that has more, and report success."""
+
+        def drop(plan: Plan) -> Plan:
+            if not segment < len(plan.lengths) > 1:
+                return plan
+            keep = np.arange(len(plan.lengths)) != segment
+            lengths = plan.lengths[keep]
+            return Plan(plan.src.choose(keep), plan.dst.choose(keep), lengths, int(lengths.sum()), plan.part_ends)
+
+        with self._bent(drop):
+            yield
+
+    @contextmanager
+    def afterwards(self, action: Fault) -> Iterator[None]:
+        """Await `action(op)` when an op has been copied, before that is reported."""
+        self._after.append(action)
+        try:
+            yield
+        finally:
+            self._after.remove(action)
+
+    @contextmanager
+    def _bent(self, bend: Callable[[Plan], Plan]) -> Iterator[None]:
+        self._bends.append(bend)
+        try:
+            yield
+        finally:
+            self._bends.remove(bend)
+
+    @contextmanager
     def _injected(self, fault: Fault) -> Iterator[None]:
         self._faults.append(fault)
         try:
@@ -136,7 +217,7 @@ class FaultyBackend(Backend):
 
     def copy_now(self, op: Op) -> bool | Begun:
         """Let the inner backend copy at once if there is no fault."""
-        done = False if self._faults else self.inner.copy_now(op)
+        done = False if self._faults or self._after or self._bends else self.inner.copy_now(op)
         self.inline += bool(done)
         return done
 
@@ -147,7 +228,12 @@ class FaultyBackend(Backend):
         try:
             for fault in list(self._faults):
                 await fault(op)
-            await self.inner.copy(op)
+            plan = op.plan
+            for bend in self._bends:
+                plan = bend(plan)
+            await self.inner.copy(op if plan is op.plan else replace(op, plan=plan))
+            for action in list(self._after):
+                await action(op)
         finally:
             self.in_flight -= 1
 
@@ -171,6 +257,26 @@ class FaultyBackend(Backend):
     def describe(self) -> bytes:
         """Return the inner backend's description."""
         return self.inner.describe()
+
+    def describe_to(self, peer: str, incarnation: str) -> bytes:
+        """Return what the inner backend tells that peer."""
+        return self.inner.describe_to(peer, incarnation)
+
+    async def dismiss(self, peer: str, incarnation: str) -> None:
+        """Let the inner backend dismiss the peer."""
+        await self.inner.dismiss(peer, incarnation)
+
+    async def grant(self, region: MemoryRegion, peer: str, incarnation: str, *, writable: bool) -> bytes:
+        """Let the inner backend grant."""
+        return await self.inner.grant(region, peer, incarnation, writable=writable)
+
+    async def revoke(self, region: MemoryRegion, key: bytes) -> None:
+        """Let the inner backend revoke."""
+        await self.inner.revoke(region, key)
+
+    def pidfd(self, peer: str) -> int | None:
+        """Ask the inner backend."""
+        return self.inner.pidfd(peer)
 
     async def connect(self, peer: PeerInfo) -> None:
         """Connect the inner backend."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,6 +50,8 @@ class Pair:
     theirs: Backend
     lost: list[tuple[str, str]] = field(default_factory=list)
     incarnation: str = ""
+    """That of `theirs`."""
+    our_incarnation: str = ""
     _regions: list[tuple[Backend, MemoryRegion]] = field(default_factory=list)
     _open: set[str] = field(default_factory=set)
     _ids: Iterable[int] = field(default_factory=lambda: itertools.count(1))
@@ -61,12 +64,18 @@ class Pair:
             if name not in self._open:
                 await backend.open(Host(name, self.incarnation, loop, peer_lost=lambda *event, to=lost: to.append(event)))
                 self._open.add(name)
+                if name == OURS:
+                    self.our_incarnation = self.incarnation
                 if backend.remote:
                     await backend.listen(HOST)
         if self.ours.remote:
             await asyncio.gather(
-                self.ours.connect(PeerInfo(THEIRS, self.incarnation, self.theirs.describe(), HOST)),
-                self.theirs.connect(PeerInfo(OURS, self.incarnation, self.ours.describe(), HOST)),
+                self.ours.connect(
+                    PeerInfo(THEIRS, self.incarnation, self.theirs.describe_to(OURS, self.our_incarnation), HOST)
+                ),
+                self.theirs.connect(
+                    PeerInfo(OURS, self.our_incarnation, self.ours.describe_to(THEIRS, self.incarnation), HOST)
+                ),
             )
 
     async def aclose(self) -> None:
@@ -114,6 +123,16 @@ class Pair:
             return region
         nbytes = region.nbytes if claim_nbytes is None else claim_nbytes
         return RemoteRegion(THEIRS, self.incarnation, region.name, region.address, nbytes, keys=dict(region.keys))
+
+    async def lend(self, memory: Bytes, *, writable: bool = True) -> tuple[RemoteRegion, Callable[[], Awaitable[None]]]:
+        """Register `memory` with the peer, which grants it to `ours` alone; return it as `ours` sees it, and what revokes that."""
+        region = MemoryRegion(f"region-{len(self._regions)}", open_buffer(memory), _closed)
+        name = self.theirs.name
+        region.keys[name] = await self.theirs.register(region)
+        self._regions.append((self.theirs, region))
+        key = await self.theirs.grant(region, OURS, self.our_incarnation, writable=writable)
+        seen = RemoteRegion(THEIRS, self.incarnation, region.name, region.address, region.nbytes, keys={name: key})
+        return seen, partial(self.theirs.revoke, region, key)
 
     async def unregister(self, region: Region) -> None:
         """Unregister the memory of a region that `register` returned."""

@@ -97,10 +97,18 @@ async def process_peer(
     peer = ProcessPeer(process, RemoteRegion(NAME, incarnation, "unknown", 1, 1))
     try:
         await peer.send(
-            {"target": target, "options": dict(options), "nbytes": nbytes, "seed": seed, "incarnation": incarnation}
+            {
+                "target": target,
+                "options": dict(options),
+                "nbytes": nbytes,
+                "seed": seed,
+                "incarnation": incarnation,
+                "other": pair.our_incarnation,
+            }
         )
         hello = await peer.receive()
-        await peer.send({"description": pair.ours.describe().hex(), "incarnation": pair.incarnation})
+        description = pair.ours.describe_to(NAME, incarnation)
+        await peer.send({"description": description.hex(), "incarnation": pair.our_incarnation})
         await pair.ours.connect(PeerInfo(NAME, incarnation, bytes.fromhex(hello["description"]), HOST))
         await peer.receive()
         keys = {pair.ours.name: bytes.fromhex(hello["key"])}
@@ -129,7 +137,7 @@ async def _serve(setup: dict[str, Any]) -> None:
     await backend.listen(HOST)
     region = MemoryRegion("memory", open_buffer(memory), _closed)
     key = await backend.register(region)
-    _say({"description": backend.describe().hex(), "address": region.address, "key": key.hex()})
+    _say({"description": backend.describe_to(OURS, setup["other"]).hex(), "address": region.address, "key": key.hex()})
     other = json.loads(await loop.run_in_executor(None, sys.stdin.readline))
     await backend.connect(PeerInfo(OURS, other["incarnation"], bytes.fromhex(other["description"]), HOST))
     _say({"connected": True})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import json
@@ -10,13 +11,14 @@ import mmap
 import os
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nixl_async import AccessError, Agent, BackendError, ConfigurationError, PeerLost
+from nixl_async import AccessError, Agent, BackendError, ConfigurationError, MemoryRegion, PeerLost, Quarantined, Transfer
 from nixl_async.backend import Host, PeerInfo
 from nixl_async.backends import samehost
 from nixl_async.backends.samehost import DIRECT, PACKED, SameHostBackend
@@ -214,6 +216,54 @@ async def test_a_packed_copy_to_a_stopped_peer_is_cancelled_and_the_peer_goes_on
         assert (await far.order("digest"))["digest"] == hashlib.sha256(bytes(LARGE)).hexdigest()
         await near.transfer(here, remote)
         assert (await far.order("digest"))["digest"] == hashlib.sha256(b"\1" * LARGE).hexdigest()
+
+
+async def _stuck(near: Agent, far: AgentProcess, here: MemoryRegion, remote: RemoteRegion) -> Transfer:
+    """Stop the peer while its thread copies what we have posted; return the transfer, cancelled, that waits for it."""
+    for step in range(200):
+        transfer = near.submit(here, remote)
+        await _ended(transfer, 0.0005 + 0.0001 * (step % 30))
+        far.stop()
+        transfer.cancel()
+        if not await _ended(transfer, 0.15):
+            return transfer
+        far.resume()
+    pytest.fail("the peer was never stopped while it copied")
+
+
+async def _ended(transfer: Transfer, seconds: float) -> bool:
+    done = asyncio.Event()
+    transfer.add_done_callback(lambda _: done.set())
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await done.wait()
+    return transfer.done()
+
+
+async def test_a_put_that_a_stopped_peer_cannot_end_keeps_the_peer_s_memory_and_not_ours() -> None:
+    async with agent_process("far", nbytes=LARGE) as far, _near("packed") as near:
+        backend = near._backends["samehost"]
+        here, remote = await near.register(np.zeros(LARGE, np.uint8)), await _connected(near, far)
+        near._dispatcher._scheduler._backends["samehost"].limits = replace(backend.limits, drain_seconds=0.3)
+        stuck = await _stuck(near, far, here, remote)
+        async with asyncio.timeout(5):
+            with pytest.raises(Quarantined, match=r"memory of \['memory'\] is quarantined"):
+                await stuck
+        assert not here.quarantined
+        far.resume()
+        await near.transfer(here, remote)
+        assert (await far.order("digest"))["digest"] == hashlib.sha256(bytes(LARGE)).hexdigest()
+
+
+async def test_a_stopped_peer_that_dies_is_quiet_at_once() -> None:
+    async with agent_process("far", nbytes=LARGE) as far, _near("packed") as near:
+        here, remote = await near.register(np.zeros(LARGE, np.uint8)), await _connected(near, far)
+        stuck = await _stuck(near, far, here, remote)
+        far.kill()
+        async with asyncio.timeout(1):
+            with pytest.raises(asyncio.CancelledError):
+                await stuck
+        assert not here.quarantined
 
 
 async def test_unregistering_waits_for_copies_and_refuses_those_to_come() -> None:

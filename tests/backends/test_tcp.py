@@ -30,7 +30,7 @@ async def _opened(name: str = "a") -> TCPBackend:
 async def test_descriptions_that_are_refused(change: dict[str, object]) -> None:
     backend = await _opened()
     try:
-        broken = json.dumps(json.loads(backend.describe()) | change).encode()
+        broken = json.dumps(json.loads(backend.describe_to("a", "1")) | change).encode()
         with pytest.raises(BackendError):
             await backend.connect(PeerInfo("b", "1", broken, "127.0.0.1"))
     finally:
@@ -40,7 +40,7 @@ async def test_descriptions_that_are_refused(change: dict[str, object]) -> None:
 async def test_a_wrong_token_is_refused() -> None:
     backend = await _opened()
     try:
-        value = json.loads(backend.describe())
+        value = json.loads(backend.describe_to("a", "1"))
         value["token"] = "00" * (len(value["token"]) // 2)
         with pytest.raises(BackendError, match="does not take us"):
             await backend.connect(PeerInfo("b", "1", json.dumps(value).encode(), "127.0.0.1"))
@@ -97,6 +97,39 @@ async def test_keys_and_bounds_are_checked_by_the_side_that_owns_the_memory() ->
         assert there.name == "kv"
 
 
+async def test_a_peer_that_left_is_let_in_no_more() -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        memory = np.zeros(4096, np.uint8)
+        await b.register(memory, name="kv")
+        await known(a, peer, "kv")
+        # What it was told when it came, which it keeps.
+        description = b._backends["tcp"].describe_to("a", a.incarnation)
+        assert description == b._backends["tcp"].describe_to("a", a.incarnation)
+        kept = peer.region("kv")
+        await a.disconnect("b")
+        backend = TCPBackend()
+        await backend.open(Host("a", a.incarnation, asyncio.get_running_loop()))
+        try:
+            # Until b has seen the end of the control connection it is let in.
+            with pytest.raises(BackendError, match="does not take us"):
+                async with asyncio.timeout(10):
+                    while True:
+                        await backend.connect(PeerInfo("b", b.incarnation, description, "127.0.0.1"))
+                        await asyncio.sleep(0.01)
+        finally:
+            await backend.aclose()
+        again = await a.connect(b.address or "")
+        assert json.loads(b._backends["tcp"].describe_to("a", a.incarnation)) != json.loads(description)
+        await a.transfer(await a.register(pattern(4096, 1)), again.region("kv"))
+        assert_same(memory, pattern(4096, 1))
+        assert kept.withdrawn
+
+
+async def test_the_published_metadata_lets_nobody_in() -> None:
+    async with two_agents(backends=["tcp"]) as (_, b, _):
+        assert "token" not in json.loads(b._backends["tcp"].describe())
+
+
 async def test_many_segments_of_all_sizes() -> None:
     random = np.random.default_rng(1)
     async with agent_process("far", nbytes=32 << 20, seed=1) as far, Agent("near", token=TOKEN, backends=["tcp"]) as near:
@@ -116,7 +149,7 @@ async def test_peers_that_part_at_once_leave_no_connection() -> None:
         a, b = await _opened("a"), await _opened("b")
         for one, other in ((a, b), (b, a)):
             name = "b" if other is b else "a"
-            await one.connect(PeerInfo(name, "1", other.describe(), "127.0.0.1"))
+            await one.connect(PeerInfo(name, "1", other.describe_to("a" if name == "b" else "b", "1"), "127.0.0.1"))
         await asyncio.gather(a.disconnect("b"), b.disconnect("a"))
         await asyncio.gather(a.aclose(), b.aclose())
 
@@ -137,3 +170,44 @@ async def test_a_lone_large_transfer_takes_all_streams() -> None:
         await transfer
         await a.transfer(near[12 << 20 :], peer.region("kv")[12 << 20 :])
     assert_same(target, source)
+
+
+async def test_silent_connections_keep_nobody_out_and_end_soon() -> None:
+    a, b = await _opened("a"), await _opened("b")
+    silent = []
+    try:
+        (_, port), *_ = json.loads(b.describe())["at"]
+        for _ in range(400):
+            silent.append(await asyncio.open_connection("127.0.0.1", port))
+            await asyncio.sleep(0)
+        async with asyncio.timeout(1):
+            await a.connect(PeerInfo("b", "1", b.describe_to("a", "1"), "127.0.0.1"))
+        began = asyncio.get_running_loop().time()
+        async with asyncio.timeout(10):
+            # The first gave way, the last had their two seconds.
+            assert await silent[0][0].read() == b""
+            assert asyncio.get_running_loop().time() - began < 1
+            assert await asyncio.gather(*(reader.read() for reader, _ in silent)) == [b""] * 400
+    finally:
+        for _, writer in silent:
+            writer.close()
+        await asyncio.gather(a.aclose(), b.aclose())
+
+
+async def test_one_that_says_little_by_little_has_no_more_time() -> None:
+    backend = await _opened()
+    try:
+        (_, port), *_ = json.loads(backend.describe())["at"]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        ended = asyncio.ensure_future(reader.read())
+        async with asyncio.timeout(10):
+            for byte in b"nixltcp1" + bytes(24):
+                writer.write(bytes([byte]))
+                await asyncio.wait([ended], timeout=0.3)
+                if ended.done():
+                    break
+        assert ended.done()
+        assert await ended == b""
+        writer.close()
+    finally:
+        await backend.aclose()

@@ -154,6 +154,26 @@ async def test_what_a_stopped_peer_does_not_answer_can_be_cancelled(page: int) -
         canary.check()
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "sending"])
+async def test_parting_from_a_stopped_peer_takes_a_moment(busy: bool) -> None:
+    async with agent_process("far", backends=["ucx"]) as far, Agent("near", token=TOKEN, backends=["ucx"]) as near:
+        await near.connect(far.address)
+        far.stop()
+        backend = near._backends["ucx"]
+        sending = [asyncio.ensure_future(backend.send_notification("far", bytes(1 << 16))) for _ in range(20 * busy)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(4):
+            await backend.disconnect("far")
+            await asyncio.gather(*sending, return_exceptions=True)
+        far.resume()
+        # Nothing is left of it: the two meet again.
+        await near.disconnect("far")
+        peer = await near.connect(far.address)
+        got = np.zeros(1 << 20, np.uint8)
+        await near.transfer(peer.region("memory"), await near.register(got))
+        assert_same(got, pattern(1 << 20, 1))
+
+
 def test_one_libucp_is_loaded_and_the_memory_cache_stays_as_the_user_had_it() -> None:
     program = (
         "import os, asyncio\n"

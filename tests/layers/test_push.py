@@ -22,10 +22,12 @@ from nixl_async import (
     CPUStream,
     DescriptorError,
     Incoming,
+    IntegrityError,
     LayerPlan,
     PeerLost,
     TransferError,
 )
+from nixl_async.backend import Op
 from nixl_async.testing import assert_same, pattern
 from tests.agents import TOKEN, AgentProcess, agent_process, connect
 from tests.layers.pairs import LAYER_NBYTES, Request, request_between, turns, until
@@ -234,6 +236,24 @@ async def test_a_failed_transfer_ends_the_push_for_both() -> None:
                 push.ready(0)
             with pytest.raises(Aborted, match="no such luck"):
                 await taken(incoming)
+
+
+async def test_a_layer_is_compared_before_the_other_side_hears_of_it() -> None:
+    async with request_between() as on, on.consumer.incoming("r") as incoming:
+
+        async def tear(op: Op) -> None:
+            on.target[-1] ^= 1
+
+        push = on.producer.push(on.peer, on.plan(), verify="crc32c")
+        await push.__aenter__()
+        push.ready(*range(on.count - 1))
+        assert await taken(incoming, on.count - 1) == list(range(on.count - 1))
+        with on.faulty.afterwards(tear):
+            push.ready(on.count - 1)
+            with pytest.raises(IntegrityError, match="1 of 1 pages differ"):
+                await push.__aexit__(None, None, None)
+        with pytest.raises(Aborted, match="IntegrityError"):
+            await taken(incoming)
 
 
 async def test_a_point_that_fails_ends_the_push() -> None:
