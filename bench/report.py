@@ -54,6 +54,7 @@ class Figure:
             "min": min(self.samples),
             "max": max(self.samples),
             "n": len(self.samples),
+            "samples": list(self.samples),
         } | ({"note": self.note} if self.note else {})
 
 

@@ -1,4 +1,4 @@
-"""The command line: `nixl-async demo`, `self-test`, `backends`, `run-as-nixl`, `version`."""
+"""The command line: `nixl-async demo`, `doctor`, `bench`, `self-test`, `backends`, `run-as-nixl`, `version`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ class Format(enum.Enum):
     """How a result is printed."""
 
     TABLE = "table"
+    JSON = "json"
+
+
+class Report(enum.Enum):
+    """How the doctor's report is printed."""
+
+    TEXT = "text"
     JSON = "json"
 
 
@@ -198,6 +205,38 @@ def self_test() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    test: Annotated[bool, typer.Option("--test/--no-test", help="Run the self-test.")] = True,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600.0, help="Seconds of the self-test.")] = 10.0,
+    directory: Annotated[
+        str | None, typer.Option(help="Where files are tried, a directory of the NVMe to be used (default: a temporary one).")
+    ] = None,
+    output: Annotated[Report, typer.Option("--format", help="Text, or one JSON object.")] = Report.TEXT,
+) -> None:
+    """Say what this machine offers, which way bytes will go and why, and what would make them faster; 1 if something is broken."""
+    from rich.console import Console
+
+    from nixl_async.doctor import examine
+    from nixl_async.errors import ConfigurationError
+
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
+    progress = Console(stderr=True)
+    try:
+        with progress.status("examining") as status:
+            told = _run(lambda: examine(seconds=seconds if test else 0.0, directory=directory, progress=status.update))
+    except ConfigurationError as error:
+        raise _fail(str(error), 2) from None
+    if output is Report.JSON:
+        print(json.dumps(told.as_dict()))
+    else:
+        from nixl_async.doctor.text import print_report
+
+        print_report(console, told)
+    if not told.healthy:
+        raise typer.Exit(1)
+
+
 @app.command("run-as-nixl", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run_as_nixl(context: typer.Context) -> None:
     """Run a command, as `run-as-nixl -- COMMAND`; to it, and to all that it starts, `import nixl` means this library."""
@@ -214,6 +253,18 @@ def run_as_nixl(context: typer.Context) -> None:
         raise _fail(
             f"{context.args[0]!r} cannot be run: {error.strerror}", 127 if error.errno == errno.ENOENT else 126
         ) from None
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def bench(context: typer.Context) -> None:
+    """Plan and run benchmarks, compare their results and draw them; `bench --help` lists the commands."""
+    # Loaded here: nobody else pays for it.
+    from nixl_async.benchmarks.cli import app as benchmarks
+
+    benchmarks(context.args, prog_name="nixl-async bench")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ TESTED_ELSEWHERE = {
     "nixl_async/__main__.py": "tests/test_cli.py",
     "nixl_async/cli.py": "tests/test_cli.py",
     "nixl_async/demo/": "tests/test_cli.py",
+    "nixl_async/benchmarks/transfer/": "tests/benchmarks/test_transfer.py",
     "nixl_async/testing/": "tests/test_testing.py",
     "nixl_async/native/": "tests/test_native.py",
     "nixl_async/http/__init__.py": "tests/http/test_pool.py",
@@ -42,7 +43,20 @@ TESTED_ELSEWHERE = {
     "nixl_async/layers/calls.py": "tests/layers/test_push.py",
     "nixl_async/layers/mover.py": "tests/layers/test_push.py",
     "nixl_async/layers/stream.py": "tests/layers/test_push.py",
+    "nixl_async/doctor/__init__.py": "tests/doctor/test_examination.py",
+    "nixl_async/doctor/child.py": "tests/doctor/test_children.py",
+    "nixl_async/doctor/hardware.py": "tests/doctor/test_findings.py",
+    "nixl_async/doctor/report.py": "tests/doctor/test_findings.py",
+    "nixl_async/doctor/routes.py": "tests/doctor/test_examination.py",
+    "nixl_async/doctor/stage.py": "tests/doctor/test_examination.py",
     "backends/__init__.py": "tests/backends/test_conformance.py",
+    "nixl_async/benchmarks/__init__.py": "tests/benchmarks/test_cli.py",
+    "nixl_async/benchmarks/kv/__init__.py": "tests/benchmarks/kv/test_cli.py",
+    "nixl_async/benchmarks/kv/options.py": "tests/benchmarks/kv/test_cli.py",
+    "nixl_async/benchmarks/kv/reports.py": "tests/benchmarks/kv/test_cli.py",
+    "nixl_async/benchmarks/kv/profiling.py": "tests/benchmarks/kv/test_running.py",
+    "nixl_async/benchmarks/kv/traffic.py": "tests/benchmarks/kv/test_running.py",
+    "nixl_async/benchmarks/kv/worker.py": "tests/benchmarks/kv/test_processes.py",
 }
 
 
@@ -52,7 +66,7 @@ def _test_of(source: Path) -> str:
         if text.startswith(start):
             return test
     room = "tests/backends" if text.startswith("backends/") else "tests"
-    for name in ("discovery", "http", "layers", "tiers"):
+    for name in ("benchmarks", "benchmarks/kv", "discovery", "doctor", "http", "layers", "tiers"):
         room = f"tests/{name}" if text.startswith(f"nixl_async/{name}/") else room
     return f"{room}/test_{source.stem}.py"
 

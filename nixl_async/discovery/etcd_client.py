@@ -107,6 +107,17 @@ class Etcd:
         """
         await self._call("kv/put", {"key": _text(key), "value": _text(value)} | ({"lease": str(lease)} if lease else {}))
 
+    async def create(self, key: bytes, value: bytes, *, lease: int = 0) -> bool:
+        """Set a key that does not exist; return whether it did not.
+
+        Raises:
+            LeaseLost: there is no such lease any more.
+        """
+        put = {"key": _text(key), "value": _text(value)} | ({"lease": str(lease)} if lease else {})
+        absent = {"key": _text(key), "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
+        answer = await self._call("kv/txn", {"compare": [absent], "success": [{"request_put": put}]})
+        return bool(answer.get("succeeded", False))
+
     async def grant(self, seconds: int) -> int:
         """Return a lease that ends `seconds` after it was renewed last."""
         return int((await self._call("lease/grant", {"TTL": str(seconds)}))["ID"])

@@ -1,4 +1,4 @@
-"""A wrapper that makes any backend slow, failing, hanging, deserted or wrong, as long as a `with` block lasts; connections reset."""
+"""A wrapper that makes any backend slow, failing, hanging, deserted or wrong, for as long as a `with` block lasts; and resets."""
 
 from __future__ import annotations
 

@@ -38,6 +38,18 @@ async def test_a_lease_takes_its_keys_with_it(etcd: EtcdServer) -> None:
         await client.revoke(lease)
 
 
+async def test_only_one_of_many_creates_a_key(etcd: EtcdServer) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        lease = await Etcd(etcd.url).grant(60)
+        made = await asyncio.gather(*(Etcd(etcd.url).create(b"/create/a", b"%d" % n, lease=lease) for n in range(8)))
+        assert sum(made) == 1
+        assert (await Etcd(etcd.url).get(b"/create/a"))[0] == b"%d" % made.index(True)
+        await Etcd(etcd.url).revoke(lease)
+        assert await Etcd(etcd.url).create(b"/create/a", b"again")
+        with pytest.raises(LeaseLost):
+            await Etcd(etcd.url).create(b"/create/b", b"1", lease=lease)
+
+
 async def test_a_lease_that_nobody_renews_ends(etcd: EtcdServer) -> None:
     client = Etcd(etcd.url)
     async with asyncio.timeout(PATIENCE_SECONDS):

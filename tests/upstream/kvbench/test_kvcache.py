@@ -1,8 +1,8 @@
 """KVBench's 41 cases (benchmark/kvbench/test/test_kvcache.py of ai-dynamo/nixl): what a token's KV cache takes, and what one
 transfer of it does, for its models and its example configurations; and each of them moved through the drop-in, byte for byte.
 
-Its files are in no wheel and no source distribution, so that the sizes are reckoned by this library's geometry: by KVBench's rules,
-which divide MLA's latent vector by TP as well.
+Its files are in no wheel and no source distribution, so that the sizes are reckoned as `nixl-async bench kv` does if compatible:
+by KVBench's rules, which divide MLA's latent vector by TP as well.
 """
 
 import itertools
@@ -13,12 +13,12 @@ import pytest
 from nixl._api import nixl_agent, nixl_agent_config
 from nixl.logging import get_logger
 
-from nixl_async import KVGeometry
+from nixl_async.benchmarks.kv.kvbench import Figures
+from nixl_async.benchmarks.kv.layouts import Layout
+from nixl_async.benchmarks.kv.models import find_model
 
 logger = get_logger(__name__)
-FP8 = 1
-LLAMA_8B, LLAMA_70B = KVGeometry(32, 8, 128, FP8), KVGeometry(80, 8, 128, FP8)
-DEEPSEEK_R1 = KVGeometry.mla(61, 512, 64, FP8)
+LLAMA_8B, LLAMA_70B, DEEPSEEK_R1 = "llama-3.1-8b", "llama-3.1-70b", "deepseek-r1"
 BLOCK, LAYER = "block", "layer"
 PAGE_TOKENS = 16
 
@@ -35,12 +35,9 @@ IO_SIZES = [
 assert len(SIZES) + len(IO_SIZES) == 41
 
 
-def io_nbytes(model: KVGeometry, access: str, tp: int, pp: int) -> int:
-    """What one access takes for each token: a layer of a TP rank, or all layers of its pipeline stage (the fullest one)."""
-    layer = model.token_nbytes // model.layers // tp
-    if access == LAYER:
-        return layer
-    return layer * -(-model.layers // pp) if model.kv == 1 else int(layer * (model.layers / pp))
+def figures(model: str, access: str, tp: int, pp: int) -> Figures:
+    """What KVBench says of one token of a model."""
+    return Figures.of(find_model(model), Layout(tp=tp, pp=pp, access=access))
 
 
 class Sides:
@@ -75,9 +72,10 @@ class Sides:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("model", "access", "tp", "pp", "expected"), SIZES)
-def test_kvcache_size(model: KVGeometry, access: str, tp: int, pp: int, expected: int) -> None:
-    assert model.token_nbytes == expected
-    piece = io_nbytes(model, access, tp, pp) * PAGE_TOKENS
+def test_kvcache_size(model: str, access: str, tp: int, pp: int, expected: int) -> None:
+    found = figures(model, access, tp, pp)
+    assert found.token_nbytes == expected
+    piece = found.io_size * PAGE_TOKENS
     logger.info("%s: %d bytes a token, in pieces of %d for %d tokens", access, expected, piece, PAGE_TOKENS)
     Sides(-(-expected * PAGE_TOKENS // piece) * piece).move(piece)
 
@@ -85,6 +83,6 @@ def test_kvcache_size(model: KVGeometry, access: str, tp: int, pp: int, expected
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("access", "pp", "expected"), IO_SIZES)
 def test_io_size(access: str, pp: int, expected: int) -> None:
-    nbytes = io_nbytes(LLAMA_70B, access, 8, pp)
+    nbytes = figures(LLAMA_70B, access, 8, pp).io_size
     assert nbytes == expected
     Sides(nbytes * PAGE_TOKENS * 8).move(nbytes * PAGE_TOKENS)

@@ -1,0 +1,1 @@
+"""The benchmark programs that are installed with the library: `nixl-async bench …`."""
