@@ -22,7 +22,7 @@ from nixl_async.errors import (
     PeerLost,
     ProtocolError,
 )
-from nixl_async.liveness import Liveness, Pulse, Vigil, watch
+from nixl_async.liveness import Liveness, Pulse, Vigil, reset_on_close, watch
 from nixl_async.notifications import CREDIT_NBYTES, MAX_NOTIFICATION_NBYTES, OVERHEAD_NBYTES, WINDOW_NBYTES
 from nixl_async.security import ConnectionLimits, Credentials
 from nixl_async.wire import MAX_FRAME_NBYTES, FrameReader, FrameType, Greeting, Handshake, encode_frame
@@ -311,6 +311,7 @@ class Link(asyncio.Protocol):
         if self._error is None and not self.closed:
             self._error = PeerLost(f"peer {self.other.name!r} is lost: {reason}", peer=self.other.name)
         if self._transport is not None:
+            reset_on_close(self.socket)
             self._transport.abort()
 
     async def answers(self, seconds: float) -> bool:

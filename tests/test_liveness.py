@@ -24,7 +24,7 @@ from nixl_async import Agent, ConfigurationError, Liveness, Peer, PeerLost, Quar
 from nixl_async.liveness import Kernel, Pulse, Vigil, ask_kernel, period
 from nixl_async.peers import MembershipEvents
 from nixl_async.testing import assert_same, pattern
-from tests.agents import TOKEN, AgentProcess, agent_process, two_agents
+from tests.agents import TOKEN, AgentProcess, agent_process, known, two_agents
 from tests.loops import every_loop
 
 QUICK = Liveness(suspect_seconds=0.4, lost_seconds=3.0, stopped_seconds=1.2)
@@ -161,6 +161,18 @@ def _cut(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(program)))
 
 
+def _cut_all(cut: bool) -> None:
+    """Do so to every TCP connection of this process; or let what arrives pass again."""
+    targets = {number: os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")}
+    for number in [number for number, target in targets.items() if "socket:" in target]:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(number))) as sock:
+            if sock.family == socket.AF_INET and sock.type == socket.SOCK_STREAM:
+                if cut:
+                    _cut(sock)
+                else:
+                    sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+
 def _socket(peer: Peer) -> socket.socket:
     assert peer.link is not None
     return socket.socket(fileno=os.dup(peer.link.socket.fileno()))
@@ -197,6 +209,22 @@ async def test_a_silent_network_is_noticed_within_three_seconds() -> None:
         assert not near.peers
 
 
+@every_loop
+async def test_where_one_way_still_works_the_other_side_knows_at_once() -> None:
+    async with _near_and_far(Liveness(0.4, 1.2), backends=["tcp"]) as (_, far, peer, events):
+        with _socket(peer) as sock:
+            # Nothing comes back any more: what is sent from here on is not acknowledged, and its end would wait behind it.
+            _cut(sock)
+        await _next(events, "suspect", 10)
+        await _next(events, "lost", 10)
+        began = time.monotonic()
+        async with asyncio.timeout(10):
+            while (await far.order("statistics"))["peers"]:
+                pass
+        # By itself it would need three seconds from when it heard of us last.
+        assert time.monotonic() - began < 1.5
+
+
 async def test_a_network_that_comes_back_in_time_costs_nothing() -> None:
     async with _near_and_far(Liveness(0.4, 10.0)) as (near, far, peer, events):
         with _socket(peer) as sock:
@@ -209,6 +237,31 @@ async def test_a_network_that_comes_back_in_time_costs_nothing() -> None:
         assert not peer.suspect
         await near.notify("far", b"hello")
         assert (await far.order("listen", prefix="hello"))["from"] == "near"
+
+
+async def test_tcp_connections_outlast_a_gap_of_the_network_that_the_control_connection_outlasts() -> None:
+    async with two_agents(backends=["tcp"], liveness=Liveness(0.4, 60.0)) as (a, b, peer):
+        await b.register(pattern(1 << 20, 1), name="kv")
+        await known(a, peer, "kv")
+        got = np.zeros(1 << 20, np.uint8)
+        region = await a.register(got)
+        await a.transfer(peer.region("kv"), region)
+        events = a.membership()
+        _cut_all(True)
+        try:
+            async with asyncio.timeout(10):
+                assert (await anext(events)).kind == "suspect"
+            # Idle connections are probed once a second meanwhile.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(3.5):
+                    pytest.fail(f"{await anext(events)}")
+        finally:
+            _cut_all(False)
+        async with asyncio.timeout(20):
+            assert (await anext(events)).kind == "recovered"
+        got[:] = 0
+        await a.transfer(peer.region("kv"), region)
+        assert_same(got, pattern(1 << 20, 1))
 
 
 @every_loop

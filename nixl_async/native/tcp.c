@@ -296,9 +296,10 @@ static int tcp_post_all(nx_tcp *engine, int kind, uint64_t key, const uint8_t *i
 
 /* The loop. */
 
-/* No TCP_USER_TIMEOUT: a peer that is merely stopped would be cut off. A dead network shows on the control connection. */
+/* No TCP_USER_TIMEOUT: a peer that is merely stopped would be cut off. A dead network shows on the control connection: what is idle
+   must outlast a gap that this one outlasts, and is given up here only where there is none. */
 static void tcp_tune(int fd) {
-    int on = 1, idle = 1, count = 2;
+    int on = 1, idle = 1, count = 14;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
