@@ -165,6 +165,8 @@ class Dispatcher:
             try:
                 result = await self._finish_begun(prepared, result)
             except (BackendError, PeerLost) as error:
+                if not _may_repeat(prepared, error):
+                    raise
                 # It is quiet: what is repeated goes the scheduler's way.
                 self._inline_failed(prepared, result.route, error)
                 return await self.submit(prepared, notify, urgency, None)
@@ -191,10 +193,11 @@ class Dispatcher:
                 raise error from None
             ended = "cancelled"
             raise
-        except (BackendError, PeerLost):
+        except (BackendError, PeerLost) as error:
             # What failed because it was stopped says why.
             prepared.check_usable()
-            ended = ""
+            if _may_repeat(prepared, error):
+                ended = ""
             raise
         except Quarantined as error:
             reason = error
@@ -514,6 +517,11 @@ class Dispatcher:
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _may_repeat(prepared: PreparedTransfer, error: TransferError) -> bool:
+    """Tell whether what a backend could not do at once may be tried again, or by another route."""
+    return isinstance(error, PeerLost) or error.retryable or len(prepared.routes) > 1
 
 
 def _let_go(plan: Plan, error: BaseException | None, *, quiet: bool = True) -> list[Region]:
