@@ -76,7 +76,7 @@ ROWS = {
     "idle": 1,
     "busy-peer": 3,
     "many": 2,
-    "membership": 34,
+    "membership": 37,
     "compat": 16,
     "descriptors": 4,
     "planner": 8,

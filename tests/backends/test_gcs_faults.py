@@ -17,7 +17,7 @@ from nixl_async.testing.servers import Server
 from tests.stores import fresh_prefix
 
 SMALL_NBYTES = 100_000
-LARGE_NBYTES = 2 * QUANTUM_NBYTES + 77
+LARGE_NBYTES = 2 * QUANTUM_NBYTES + 50_077
 PIECES = {"piece_nbytes": QUANTUM_NBYTES}
 PATIENCE_SECONDS = 30.0
 

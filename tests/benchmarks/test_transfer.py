@@ -216,6 +216,8 @@ def test_the_table_has_nixlbenchs_columns_and_more() -> None:
     assert "4096 B x 4: nixl_async" in ran.stderr
 
 
+# Arrow starts its threads at the first use and keeps them.
+@pytest.mark.keeps
 def test_csv_and_parquet(tmp_path: Path) -> None:
     ran = command(*arguments(), "--format", "csv")
     assert ran.returncode == 0, ran.stderr
