@@ -431,7 +431,10 @@ class Membership:
             PeerLost: there is no such peer.
             NixlError: the backend does not reach it.
         """
-        await backend.connect(self.get(name).infos[backend.name])
+        info = self.get(name).infos.get(backend.name)
+        if info is None:
+            raise ConfigurationError(f"backend {backend.name!r} was never connected to {name!r}")
+        await backend.connect(info)
 
     async def fence(self, backend: str, name: str, mark: bytes) -> None:
         """Have a peer's backend fence off ops that were given up; see `Host.fence`."""
