@@ -174,7 +174,8 @@ async def test_a_cancelled_put_that_is_cut_off_is_fenced_too() -> None:
         here, there = await near.register(mine), near.peers["far"].region("memory")
         between.hold()
         transfer = near.submit(here, there)
-        await between.holds(1)
+        # On both connections: one of which nothing had been sent would be kept, and hold what comes next.
+        await between.holds(NBYTES)
         transfer.cancel()
         with pytest.raises(asyncio.CancelledError):
             async with asyncio.timeout(SECONDS):
