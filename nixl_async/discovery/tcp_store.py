@@ -31,6 +31,8 @@ CHECK_SECONDS = 10.0
 _NOTHING = b"[]"
 _BATCH = 512
 T = TypeVar("T")
+_silent: set[tuple[str, int]] = set()
+"""Servers that did not answer when they were asked last."""
 
 
 class TCPStoreStore(DiscoveryStore):
@@ -236,14 +238,18 @@ class _Client:
         distributed = _distributed()
         try:
             if self._store is None:
-                # Torch would try for long, and log each time, where nobody listens.
-                with socket.create_connection(self._server, timeout=CALL_SECONDS):
-                    pass
+                if self._server in _silent:
+                    # Torch would try for long, and log each time, where nobody listens. But a connection that says nothing
+                    # keeps a TCPStore (torch 2.x) from everybody else for five seconds.
+                    with socket.create_connection(self._server, timeout=CALL_SECONDS):
+                        pass
                 seconds = timedelta(seconds=CALL_SECONDS)
                 self._store = distributed.TCPStore(*self._server, is_master=False, timeout=seconds, wait_for_workers=False)
+                _silent.discard(self._server)
             return work(self._store)
         except (OSError, distributed.DistError, RuntimeError, ValueError) as error:
             self._store = None
+            _silent.add(self._server)
             # Its frames hold the client, and whoever keeps the error would keep the connection.
             error.__traceback__ = None
             where = f"{self._server[0]}:{self._server[1]}"
