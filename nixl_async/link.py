@@ -33,6 +33,8 @@ CLOSE_SECONDS = 1.0
 """How long a connection that is given up may take to send what is queued, the reason included."""
 MAX_UNSENT_NBYTES = MAX_FRAME_NBYTES + (64 << 20)
 """What may wait to be sent to a peer that does not read."""
+HIGH_WATER_NBYTES = 16 << 10
+"""What the transport takes of that before the rest is kept here."""
 MAX_UNREAD_NBYTES = 4 * WINDOW_NBYTES + MAX_NOTIFICATION_NBYTES
 """What a peer may have sent that nobody here has consumed: more than its window allows in any case."""
 MAX_KEPT_NBYTES = 64 << 20
@@ -108,6 +110,8 @@ class Link(asyncio.Protocol):
         self._kept_nbytes = 0
         # Frames that wait to be sent with others, and whoever waits until the transport takes more.
         self._posted: list[bytes] = []
+        # What the transport has no room for. It keeps each write apart, and from Python 3.12 on counts them all at each one.
+        self._backlog = bytearray()
         self._full_pipe: asyncio.Future[None] | None = None
         # Notifications sent and not yet consumed by the peer, in bytes, and who waits for room.
         self._outstanding = self._consumed = 0
@@ -148,6 +152,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the handshake."""
         self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=HIGH_WATER_NBYTES)
         watch(self.socket, self.vigil.limits)
         self._timer = asyncio.get_running_loop().call_at(self._deadline, self._too_slow)
         if self.connecting:
@@ -212,6 +217,9 @@ class Link(asyncio.Protocol):
         if self._full_pipe is not None and not self._full_pipe.done():
             self._full_pipe.set_result(None)
         self._full_pipe = None
+        if self._backlog and self._transport is not None and not self._transport.is_closing():
+            backlog, self._backlog = self._backlog, bytearray()
+            self._transport.write(bytes(backlog))
 
     # For the owner.
 
@@ -221,8 +229,11 @@ class Link(asyncio.Protocol):
             posted, self._posted = self._posted, []
             frame = b"".join([*posted, frame])
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame)
-            if self._transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
+            if self._full_pipe is None:
+                self._transport.write(frame)
+            else:
+                self._backlog += frame
+            if len(self._backlog) > MAX_UNSENT_NBYTES:
                 self.give_up(f"it has left {MAX_UNSENT_NBYTES} bytes unread")
 
     def post(self, frame: bytes) -> None:
@@ -272,6 +283,9 @@ class Link(asyncio.Protocol):
     def close(self) -> None:
         """End the connection after what was sent."""
         if self._transport is not None:
+            if self._backlog and not self._transport.is_closing():
+                self._transport.write(bytes(self._backlog))
+                self._backlog.clear()
             self._transport.close()
 
     def abort(self) -> None:

@@ -29,6 +29,7 @@ class Authority:
             x509.BasicConstraints(ca=True, path_length=None), critical=True
         )
         usage = x509.KeyUsage(*(False,) * 5, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False)
+        built = built.add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
         self.ca = self.directory / f"{self.name}.pem"
         signed = built.add_extension(usage, critical=True).sign(self._key, hashes.SHA256())
         self.ca.write_bytes(signed.public_bytes(PEM))
@@ -54,6 +55,9 @@ class Authority:
         names: list[x509.GeneralName] = [*map(x509.DNSName, dns), *map(x509.UniformResourceIdentifier, uris)]
         if names:
             built = built.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        # Python 3.13's default context asks for it (ssl.VERIFY_X509_STRICT).
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        built = built.add_extension(issuer, critical=False)
         public, private = (self.directory / f"{stem or common}{end}" for end in (".crt", ".key"))
         public.write_bytes(built.sign(self._key, hashes.SHA256()).public_bytes(PEM))
         private.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
