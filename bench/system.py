@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nixl_async.benchmarks.system import cpu_model
+
 OURS = ("nixl-async", "numpy", "ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "uvloop")
 PEERS = ("nixl-cu12", "nixl-cu13", "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "numpy")
 _ASK = """
@@ -35,7 +37,7 @@ def describe(interpreters: dict[str, str | None]) -> dict[str, Any]:
             continue
     header: dict[str, Any] = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
@@ -47,13 +49,6 @@ def describe(interpreters: dict[str, str | None]) -> dict[str, Any]:
         if python:
             header[peer] = _versions(python)
     return header
-
-
-def _cpu() -> str:
-    for line in _read("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _read(path: str) -> str:

@@ -132,3 +132,12 @@ async def serve_async(handler: Common) -> None:
         if after:
             after()
     writer.close()
+
+
+async def serve_made(make: Callable[[], Any]) -> None:
+    """Make a handler on the running loop, answer commands with its methods, and close it."""
+    handler = make()
+    try:
+        await serve_async(handler)
+    finally:
+        await handler.aclose()

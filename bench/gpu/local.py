@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.gpu.memory import Buffer, allocate
 from bench.pattern import page_order
-from bench.worker import Common, serve_async
+from bench.worker import Common, serve_made
 from bench.workers.ours import TOKEN
 from nixl_async import Agent, MemoryRegion
 
@@ -65,13 +65,5 @@ class Local(Common):
             await self.agent.aclose()
 
 
-async def _main() -> None:
-    worker = Local()
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(serve_made(Local))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.memory import HostBuffer, cupy, kernel, synchronize
-from bench.worker import Common, serve_async
+from bench.worker import Common, serve_made
 from bench.workers.ours import TOKEN
 from nixl_async import Agent
 
@@ -118,13 +118,5 @@ class Wake(Common):
             await self.agent.aclose()
 
 
-async def _main() -> None:
-    worker = Wake()
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(serve_made(Wake))

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from bench import scheduler
-from bench.worker import serve_async
+from bench.worker import serve_made
 from bench.workers.ours import Ours
 from nixl_async import TrafficClass, Transfer
 
@@ -95,13 +95,5 @@ class Classes(Ours):
         return scheduler.pages(count, repeats)
 
 
-async def _main() -> None:
-    worker = Classes(None)
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(serve_made(lambda: Classes(None)))

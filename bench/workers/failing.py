@@ -8,7 +8,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from bench.worker import serve_async
+from bench.worker import serve_made
 from bench.workers.ours import Ours
 from nixl_async import AccessError, BackendError, PeerLost
 from nixl_async.backend import Backend
@@ -146,13 +146,5 @@ class Failing(Ours):
             await asyncio.sleep(0.002)
 
 
-async def _main() -> None:
-    worker = Failing(None)
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(serve_made(lambda: Failing(None)))

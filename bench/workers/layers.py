@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Any
 
-from bench.worker import serve_async
+from bench.worker import serve_made
 from bench.workers.ours import Ours
 from nixl_async import CPUStream, LayerPlan
 
@@ -79,13 +79,5 @@ def _until(due: float) -> None:
     time.sleep(max(0.0, due - time.monotonic()))
 
 
-async def _main() -> None:
-    worker = Layers(None)
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(serve_made(lambda: Layers(None)))

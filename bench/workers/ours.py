@@ -14,7 +14,7 @@ from bench import planner
 from bench.descriptors import measure
 from bench.loops import TimedSelector, Watch
 from bench.slices import DST_TP, HEADS, KV, PAGE_TOKENS, PAIR, SRC_TP
-from bench.worker import reset_rss_peak, rss_peak, serve_async
+from bench.worker import reset_rss_peak, rss_peak, serve_made
 from bench.workers.mover import Mover
 from nixl_async import Agent
 from nixl_async.geometry import KVGeometry, Sharding
@@ -219,18 +219,10 @@ async def _next(notifications: Any) -> None:
     await anext(notifications)
 
 
-async def _main(selector: TimedSelector | None) -> None:
-    worker = Ours(selector)
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
     if os.environ.get(WATCHED):
         timed = TimedSelector()
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(timed)) as runner:
-            runner.run(_main(timed))
+            runner.run(serve_made(lambda: Ours(timed)))
     else:
-        asyncio.run(_main(None))
+        asyncio.run(serve_made(lambda: Ours(None)))

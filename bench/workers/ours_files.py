@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.worker import serve_async
+from bench.worker import serve_made
 from bench.workers.stored import Stored
 from nixl_async import Agent
 
@@ -51,13 +51,5 @@ class OursFiles(Stored):
             await self.agent.aclose()
 
 
-async def _main() -> None:
-    worker = OursFiles()
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(serve_made(OursFiles))

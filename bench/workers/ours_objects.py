@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.loops import TimedSelector, Watch
-from bench.worker import serve_async
+from bench.worker import serve_made
 from bench.workers.stored import Stored
 from nixl_async import Agent
 
@@ -64,25 +64,17 @@ class OursObjects(Stored):
             await self.agent.aclose()
 
 
-async def _main(selector: TimedSelector | None) -> None:
-    worker = OursObjects(selector)
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 def _run(loop: str) -> None:
     if loop == "watched":
         timed = TimedSelector()
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(timed)) as runner:
-            runner.run(_main(timed))
+            runner.run(serve_made(lambda: OursObjects(timed)))
     elif loop == "uvloop":
         import uvloop
 
-        uvloop.run(_main(None))
+        uvloop.run(serve_made(lambda: OursObjects(None)))
     else:
-        asyncio.run(_main(None))
+        asyncio.run(serve_made(lambda: OursObjects(None)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from bench.worker import serve_async
+from bench.worker import serve_made
 from bench.workers.stored import Stored
 
 
@@ -69,13 +69,5 @@ class AzureSdk(Stored):
             await self.client.close()
 
 
-async def _main() -> None:
-    worker = AzureSdk()
-    try:
-        await serve_async(worker)
-    finally:
-        await worker.aclose()
-
-
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(serve_made(AzureSdk))

@@ -70,13 +70,21 @@ def check_memory(job: Job) -> None:
     Raises:
         ConfigurationError: the two pools need more than is available; the message has both numbers.
     """
-    needed = 2 * job.pool_nbytes + (256 << 20)
+    require_memory(2 * job.pool_nbytes + (256 << 20), "the job needs", "give fewer --tokens")
+
+
+def require_memory(needed: int, who: str, advice: str) -> None:
+    """Refuse what does not fit into memory; `who` says in the message who needs it, `advice` what to do.
+
+    Raises:
+        ConfigurationError: `needed` bytes are more than is available; the message has both numbers.
+    """
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) << 10
             if needed > available:
                 raise ConfigurationError(
-                    f"the job needs {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available: give fewer --tokens"
+                    f"{who} {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available: {advice}"
                 )
 
 

@@ -7,16 +7,14 @@ standard input ends, it leaves: so does what outlives the program that started i
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nixl_async.errors import ConfigurationError
+from nixl_async.demo.run import Side, require_memory
 
 LEAVE_SECONDS = 0.7
 REASON_SECONDS = 1.0
@@ -33,35 +31,8 @@ class RanksFailed(RuntimeError):
 
 
 @dataclass(eq=False)
-class _Rank:
-    number: int
-    process: asyncio.subprocess.Process
-    result: dict[str, Any] | None = None
-    error: str = ""
-
-    async def send(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        await self.process.stdin.drain()
-
-    async def receive(self) -> dict[str, Any] | None:
-        """Receive its next message, None when it has ended."""
-        assert self.process.stdout is not None
-        while line := await self.process.stdout.readline():
-            try:
-                message = json.loads(line)
-            except ValueError:
-                # A library that prints to standard output.
-                continue
-            if isinstance(message, dict):
-                return message
-        return None
-
-    def ending(self) -> str:
-        code = self.process.returncode
-        if code is not None and code < 0:
-            return f"rank {self.number} (process {self.process.pid}) was killed by {signal.Signals(-code).name}"
-        return f"rank {self.number} (process {self.process.pid}) ended with exit status {code}"
+class _Rank(Side):
+    number: int = 0
 
 
 @dataclass(eq=False)
@@ -76,13 +47,13 @@ class _Ranks:
                 case "result":
                     rank.result = message
                 case "error":
-                    rank.error = f"rank {rank.number}: {message['text']}"
+                    rank.error = f"{rank.role}: {message['text']}"
                 case "gather":
                     await self._gather(rank.number, message["key"], message["of"], message["value"])
                 case _:
                     self.on_event(rank.number, message)
         await rank.process.wait()
-        if rank.process.returncode or rank.result is None:
+        if rank.process.returncode or not rank.result:
             raise RanksFailed(rank.ending())
 
     async def _gather(self, number: int, key: str, of: list[int], value: Any) -> None:
@@ -105,14 +76,7 @@ def check_memory(needed: int, ranks: int, advice: str) -> None:
     Raises:
         ConfigurationError: `needed` bytes and `ranks` processes are more than is available.
     """
-    needed += ranks * PROCESS_NBYTES
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) << 10
-            if needed > available:
-                raise ConfigurationError(
-                    f"{ranks} processes need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available: {advice}"
-                )
+    require_memory(needed + ranks * PROCESS_NBYTES, f"{ranks} processes need", advice)
 
 
 async def run_ranks(
@@ -140,7 +104,7 @@ async def run_ranks(
                 # Ctrl-C is for the program that started them, which ends them.
                 process_group=0,
             )
-            job.ranks.append(_Rank(number, process))
+            job.ranks.append(_Rank(f"rank {number}", process, number=number))
             on_event(number, {"event": "started", "pid": process.pid})
             await job.ranks[-1].send({"rank": number, "world": len(setups), **setup})
         followers = [asyncio.create_task(job.follow(rank)) for rank in job.ranks]
@@ -153,7 +117,7 @@ async def run_ranks(
             for follower in followers:
                 follower.cancel()
             await asyncio.wait(followers)
-        results = [rank.result for rank in job.ranks if rank.result is not None]
+        results = [rank.result for rank in job.ranks if rank.result]
         if len(results) < len(setups) or any(rank.error or rank.process.returncode for rank in job.ranks):
             raise RanksFailed("; ".join(job.reasons()) or "a rank said nothing")
         return results
