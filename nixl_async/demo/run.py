@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ async def run_sides(
             raise DemoFailed("; ".join(reasons))
         return {side.role: side.result for side in sides}
     finally:
-        await _end(sides)
+        await end(sides)
 
 
 async def _follow(side: Side, sides: list[Side], on_event: Callable[[str, dict[str, Any]], None]) -> None:
@@ -170,7 +170,7 @@ def _reasons(sides: list[Side]) -> list[str]:
     return killed + said or [side.ending() for side in sides if side.process.returncode]
 
 
-async def _end(sides: list[Side]) -> None:
+async def end(sides: Sequence[Side]) -> None:
     """Let the processes go: standard input ends, they leave in order; who has not after a moment is killed."""
     waits = []
     for side in sides:

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nixl_async.demo.run import Side, require_memory
+from nixl_async.demo.run import Side, end, require_memory
 
-LEAVE_SECONDS = 0.7
 REASON_SECONDS = 1.0
 LINE_NBYTES = 64 << 20
 PROCESS_NBYTES = 60 << 20
@@ -124,23 +123,4 @@ async def run_ranks(
     except (BrokenPipeError, ConnectionResetError):
         raise RanksFailed("; ".join(job.reasons()) or "a rank ended before it had its job") from None
     finally:
-        await _end(job.ranks)
-
-
-async def _end(ranks: Sequence[_Rank]) -> None:
-    """Let the processes go: standard input ends, they leave in order; who has not after a moment is killed."""
-    waits = []
-    for rank in ranks:
-        if rank.process.stdin is not None:
-            rank.process.stdin.close()
-        waits.append(asyncio.ensure_future(rank.process.wait()))
-    if not waits:
-        return
-    try:
-        _, late = await asyncio.wait(waits, timeout=LEAVE_SECONDS)
-    finally:
-        for rank in ranks:
-            if rank.process.returncode is None:
-                rank.process.kill()
-    if late:
-        await asyncio.wait(late)
+        await end(job.ranks)
