@@ -16,7 +16,7 @@ import numpy as np
 
 from nixl_async.backend import Backend, Begun, Host, Limits, Op, quiesce
 from nixl_async.cuda import allow_access, check_region, need_cupy, need_device, pinned_address, reaches
-from nixl_async.cuda_kernels import Far, shifted
+from nixl_async.cuda_kernels import REACH_NBYTES, Far, shifted
 from nixl_async.cuda_lane import Lane
 from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes
 from nixl_async.descriptors import MemoryKind, Plan, Region, Side
@@ -35,6 +35,9 @@ RUN_NBYTES = 1 << 20
 """Segments of pinned memory that are longer on average are left to the copy engines, one by one."""
 BUS_BLOCKS = 8
 """Blocks of threads that keep the bus busy; more would only take the place of others' kernels."""
+
+_ORDERS: dict[tuple[int, int], bool] = {}
+"""Whether, from one device to another, copies are faster in the order of the far addresses: measured once."""
 
 
 class CUDABackend(Backend):
@@ -195,8 +198,15 @@ def _pusher(src: Side, dst: Side) -> int | None:
 
 
 def _launch(lanes: Lanes, device: int, plan: Plan) -> asyncio.Future[None]:
-    now, urgent = len(plan.lengths) <= NOW_SEGMENTS, plan.nbytes <= SMALL_NBYTES
+    between = _device(plan.src), _device(plan.dst)
+    known = between[0] == between[1] or between in _ORDERS or _largest(plan.src, plan.dst).nbytes <= REACH_NBYTES
+    now = known and len(plan.lengths) <= NOW_SEGMENTS
+    urgent = plan.nbytes <= SMALL_NBYTES
     return lanes.launch(device, partial(_between, plan), now=now, urgent=urgent)
+
+
+def _largest(*sides: Side) -> Region:
+    return max((region for side in sides for region in side.regions), key=lambda region: region.nbytes)
 
 
 def _between(plan: Plan, lane: Lane) -> None:
@@ -205,7 +215,12 @@ def _between(plan: Plan, lane: Lane) -> None:
         other = plan.dst if lane.device == _device(plan.src) else plan.src
         allow_access(lane.device, _device(other))
         ends = [region.address + region.nbytes for region in other.regions]
-        far = Far(other is plan.dst, min(region.address for region in other.regions), max(ends))
+        low = min(region.address for region in other.regions)
+        between, largest = (_device(plan.src), _device(plan.dst)), _largest(other)
+        if between not in _ORDERS and largest.nbytes > REACH_NBYTES:
+            _ORDERS[between] = lane.order_pays(largest.address, largest.nbytes)
+        if _ORDERS.get(between):
+            far = Far(other is plan.dst, low, max(ends))
     lane.copy(plan.src.addresses, plan.dst.addresses, plan.lengths, far=far)
 
 

@@ -35,7 +35,7 @@ from nixl_async.cuda import (
     reaches,
     why_not_shared,
 )
-from nixl_async.cuda_kernels import Far, shifted
+from nixl_async.cuda_kernels import REACH_NBYTES, Far, shifted
 from nixl_async.cuda_lane import Lane
 from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes
 from nixl_async.descriptors import MemoryKind, Plan, Region, Side
@@ -56,15 +56,24 @@ class _Mapping:
     device: int
     pointer: int = 0
     nbytes: int = 0
+    in_order: bool = False
+    """Whether our device reads it faster in the order of its addresses."""
     regions: set[Region] = field(default_factory=set)
     ops: int = 0
     condemned: bool = False
 
-    def open(self) -> None:
-        """Open it, on the launching thread; again without effect."""
-        if not self.pointer:
-            self.pointer = open_handle(self.shared.handle, self.device)
-            self.nbytes = allocation_of(self.pointer, self.device)[1]
+    def open(self, lane: Lane) -> None:
+        """Open it and see how far the device reaches, on the launching thread; again without effect."""
+        if self.pointer:
+            return
+        pointer = open_handle(self.shared.handle, self.device)
+        try:
+            self.nbytes = allocation_of(pointer, self.device)[1]
+            self.in_order = self.nbytes > REACH_NBYTES and lane.order_pays(pointer, self.nbytes)
+        except BaseException:
+            close_handle(pointer, self.device)
+            raise
+        self.pointer = pointer
 
     def close(self) -> None:
         """Close it, on the launching thread, behind the launches that use it."""
@@ -330,7 +339,7 @@ def _copy_mapped(plan: Plan, put: bool, mappings: list[_Mapping], lane: Lane) ->
     theirs = plan.dst if put else plan.src
     shifts = []
     for region, mapping in zip(theirs.regions, mappings, strict=True):
-        mapping.open()
+        mapping.open(lane)
         shared = _shared(region)
         if isinstance(shared, str) or shared.offset + region.nbytes > mapping.nbytes:
             raise BackendError(
@@ -338,7 +347,8 @@ def _copy_mapped(plan: Plan, put: bool, mappings: list[_Mapping], lane: Lane) ->
             )
         shifts.append(mapping.pointer + shared.offset - region.address)
     seen = [region.address + shift for region, shift in zip(theirs.regions, shifts, strict=True)]
-    far = Far(put, min(seen), max(at + region.nbytes for at, region in zip(seen, theirs.regions, strict=True)))
+    end = max(at + region.nbytes for at, region in zip(seen, theirs.regions, strict=True))
+    far = Far(put, min(seen), end) if any(mapping.in_order for mapping in mappings) else None
     src, dst, move = plan.src.addresses, plan.dst.addresses, shifts[0]
     if len(set(shifts)) > 1:
         moved, move = shifted(theirs, shifts), 0

@@ -50,6 +50,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuLaunchKernel": [_pointer, *[_uint] * 7, _pointer, _pointer, _pointer],
     "cuEventCreate": [_to(_pointer), _uint],
     "cuEventDestroy_v2": [_pointer],
+    "cuEventElapsedTime": [_to(ctypes.c_float), _pointer, _pointer],
     "cuEventQuery": [_pointer],
     "cuEventRecord": [_pointer, _pointer],
     "cuEventSynchronize": [_pointer],

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nixl_async.cuda import need_cupy
+from nixl_async.descriptors import page_nbytes_of
+from nixl_async.native import ffi, int64, lib
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,6 +97,16 @@ extern "C" __global__ void nixl_fetch(const unsigned long long *from, unsigned l
         to[i] = from[i];
 }
 
+/* Reads a cache line of each place, by one warp each: how long that takes tells what the translation of addresses costs. */
+extern "C" __global__ void nixl_touch(const unsigned long long *at, unsigned n, unsigned *sink) {
+    unsigned lane = threadIdx.x & 31, sum = 0;
+    for (unsigned i = (blockIdx.x * blockDim.x + threadIdx.x) >> 5; i < n; i += (gridDim.x * blockDim.x) >> 5)
+        sum += *(volatile const unsigned *)(at[i] + 4 * lane);
+    /* Never true; the compiler must not know. */
+    if (sum == 0x9E3779B9u && blockDim.x == 1)
+        *sink = sum;
+}
+
 /* Puts entries in order by the area of memory that one of their addresses lies in: `starts` says how many lie before it. */
 extern "C" __global__ void nixl_order(const unsigned long long *by, unsigned n, unsigned long long low, unsigned shift,
                                       unsigned *starts, const unsigned long long *from, unsigned long long *to, unsigned rows) {
@@ -141,19 +153,21 @@ def make_batch(src: Array, dst: Array, lengths: Array) -> Batch:
     """Describe segments to the kernel: `lengths[i]` bytes, all positive, from address `src[i]` to `dst[i]`.
 
     Segments of different sizes are cut so that few warps find nothing to do: pieces are at most twice the segments, and 1,024.
+    Pages of which some follow each other are cut into pages again.
     """
-    longest = int(lengths.max())
-    if longest == int(lengths.min()):
-        return Batch(src, dst, None, longest)
-    allowed = 2 * len(lengths) + 1024
-    piece = UNIT_NBYTES
-    while int((counts := -(-lengths // piece)).sum()) > allowed:
-        piece *= 2
-    if piece >= longest:
-        return Batch(src, dst, lengths, longest)
-    which = np.repeat(np.arange(len(lengths)), counts)
-    at = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
-    return Batch(src[which] + at, dst[which] + at, np.minimum(lengths[which] - at, piece), piece)
+    src, dst = np.ascontiguousarray(src, np.int64), np.ascontiguousarray(dst, np.int64)
+    if page_nbytes := page_nbytes_of(lengths):
+        return Batch(src, dst, None, page_nbytes)
+    n, lengths, found = len(lengths), np.ascontiguousarray(lengths, np.int64), np.empty(3, np.int64)
+    lib.nx_sizes(int64(lengths), n, UNIT_NBYTES, 2 * n + 1024, int64(found))
+    piece, count, same = found.tolist()
+    if same and count == n:
+        return Batch(src, dst, None, piece)
+    rows = np.empty((2 if same else 3, count), np.int64)
+    cut = None if same else rows[2]
+    sizes = ffi.NULL if cut is None else int64(cut)
+    lib.nx_cut(int64(src), int64(dst), int64(lengths), n, piece, int64(rows[0]), int64(rows[1]), sizes)
+    return Batch(rows[0], rows[1], cut, piece)
 
 
 def shifted(side: Side, by: Sequence[int]) -> Array:
@@ -166,9 +180,10 @@ def shifted(side: Side, by: Sequence[int]) -> Array:
 class Far:
     """The side of a copy that is another process's or device's memory: whether the destinations, and the addresses it lies between.
 
-    A device translates addresses by tables of a limited reach. For such memory that is some hundred megabytes (seen on an H100):
-    pages picked at random from more cost a walk of the tables each. So they are copied in the order of the areas that they lie in:
-    what is under way at one time then lies close together.
+    A device translates addresses by tables of a limited reach. For such memory that may be some hundred megabytes (seen on an H100,
+    not on an H200, whose driver maps it in larger pages): pages picked at random from more cost a walk of the tables each. Where
+    that is so (`Lane.order_pays`) they are copied in the order of the areas that they lie in: what is under way at one time then
+    lies close together.
     """
 
     dst: bool
@@ -189,6 +204,7 @@ class Kernels:
     copy: int = 0
     fetch: int = 0
     order: int = 0
+    touch: int = 0
     # What must stay loaded.
     module: Any = None
 
@@ -217,9 +233,9 @@ def _compile(device: int) -> Kernels:
     try:
         with cupy.cuda.Device(device):
             module = cupy.RawModule(code=SOURCE, options=("-std=c++14",))
-            functions = [module.get_function(f"nixl_{name}") for name in ("copy", "fetch", "order")]
-            copy, fetch, order = (int(function.kernel.ptr) for function in functions)
-            return Kernels(copy, fetch, order, functions)
+            functions = [module.get_function(f"nixl_{name}") for name in ("copy", "fetch", "order", "touch")]
+            copy, fetch, order, touch = (int(function.kernel.ptr) for function in functions)
+            return Kernels(copy, fetch, order, touch, functions)
     except Exception as error:
         # NVRTC is a package of its own to some installations of cupy.
         logger.warning("the copy kernel cannot be compiled, pages are copied one by one: %s: %s", type(error).__name__, error)

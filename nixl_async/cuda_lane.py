@@ -15,10 +15,11 @@ from nixl_async.native import ffi, int64, lib
 if TYPE_CHECKING:
     from nixl_async.descriptors import Array
 
-# CUDA Driver API: CU_STREAM_NON_BLOCKING, CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING,
+# CUDA Driver API: CU_STREAM_NON_BLOCKING, CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING, CU_EVENT_BLOCKING_SYNC,
 # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP.
 _NON_BLOCKING = 1
 _BLOCKING_EVENT = 3
+_TIMED_EVENT = 1
 _PORTABLE_AND_MAPPED = 3
 IN_PLACE_UNITS = 1024
 """Batches up to this size have their descriptors read in the host's memory: a copy to the device would take longer."""
@@ -27,7 +28,11 @@ DESCRIBED_NBYTES = 1 << 20
 FETCHED_NBYTES = 64 << 10
 """Descriptors up to this size a kernel fetches."""
 FIRST_SLICE, SLICE = 16384, 65536
-"""How many segments the device is told of first, and then at a time: it copies while it is told of others."""
+"""How many segments the device is told of first, and at a time at most: it copies while it is told of others."""
+TOUCHED, TOUCHED_NBYTES = 16384, 128
+"""How many places are read, and of each how much, to see whether their order matters, three times in either order."""
+ORDER_PAYS = 1.3
+"""How many times longer the places must take in random order."""
 STARTS_NBYTES = 4 * AREAS
 """What `nx_describe` writes of areas."""
 
@@ -43,7 +48,7 @@ def slices(n: int, *, ordered: bool) -> Iterator[tuple[int, int]]:
         if ordered:
             size = n // 8 if at == 0 and n >= 2 * SLICE else left
         else:
-            size = min(left, FIRST_SLICE if at == 0 else SLICE)
+            size = min(left, max(FIRST_SLICE, min(SLICE, at // 2)))
         yield at, at + size
         at += size
 
@@ -132,6 +137,32 @@ class Lane:
         for start, stop in parts:
             self._copy_slice(handles, src[start:stop], dst[start:stop], lengths[start:stop], moves, far, max_blocks)
 
+    def order_pays(self, low: int, nbytes: int) -> bool:
+        """Tell whether far memory is read faster in the order of its addresses: some of it is, for about a millisecond.
+
+        Nothing that was enqueued before is still to be done.
+        """
+        touch = kernels(self.device).touch
+        if not touch:
+            return False
+        # Some way apart, and the same each time: what is found does not depend on chance.
+        places = np.linspace(low, low + nbytes - TOUCHED_NBYTES, TOUCHED).astype(np.int64) & -TOUCHED_NBYTES
+        rows = np.stack([places, np.random.default_rng(TOUCHED).permutation(places)])
+        ctypes.memmove(self._described.address, rows.ctypes.data, rows.nbytes)
+        self.copy_run(self._on_device, self._described.address, rows.nbytes)
+        ends = []
+        for _ in range(2):
+            end = ctypes.c_void_p()
+            check(self._driver.cuEventCreate(ctypes.byref(end), _TIMED_EVENT), "an event")
+            ends.append(end)
+        try:
+            found = [[self._touch(touch, self._on_device + at, *ends) for at in (0, 8 * TOUCHED)] for _ in range(3)]
+        finally:
+            for end in ends:
+                self._driver.cuEventDestroy_v2(end)
+        in_order, at_random = (min(times) for times in zip(*found, strict=True))
+        return bool(at_random > ORDER_PAYS * in_order)
+
     def copy_run(self, dst: int, src: int, nbytes: int) -> None:
         """Enqueue the copy of one run of bytes, of whatever memory the driver knows or the host has."""
         check(self._driver.cuMemcpyAsync(dst, src, nbytes, self.stream), "copying")
@@ -176,22 +207,17 @@ class Lane:
         far: Far | None,
         max_blocks: int,
     ) -> None:
-        # Of one size, as long as nothing else is seen: the usual case is to be gone through once.
-        batch = Batch(src, dst, None, int(lengths[0]))
-        at = self._describe(handles, batch, lengths, moves, far)
-        if not at:
-            batch = make_batch(src, dst, lengths)
-            at = self._describe(handles, batch, batch.lengths, moves, far)
+        batch = make_batch(src, dst, lengths)
+        at = self._describe(handles, batch, moves, far)
         n, blocks = len(batch.src), min(batch.blocks, max_blocks or batch.blocks)
         described = at, at + 8 * n, at + 16 * n if batch.lengths is not None else 0
         self._launch(
             handles.copy, blocks, THREADS_PER_BLOCK, *described, batch.piece_nbytes, batch.units, batch.units_per_piece
         )
 
-    def _describe(self, handles: Kernels, batch: Batch, lengths: Array | None, moves: tuple[int, int], far: Far | None) -> int:
-        """Enqueue what puts a batch's arrays where the device finds them; return where that is, 0 if the lengths are not one."""
-        src, dst, sizes = (np.ascontiguousarray(row, np.int64) for row in (batch.src, batch.dst, lengths))
-        n, rows = len(src), len(batch.arrays)
+    def _describe(self, handles: Kernels, batch: Batch, moves: tuple[int, int], far: Far | None) -> int:
+        """Enqueue what puts a batch's arrays where the device finds them; return where that is."""
+        n, rows = len(batch.src), len(batch.arrays)
         nbytes = 8 * n * rows
         few = nbytes <= FETCHED_NBYTES
         offset = self._take_room(nbytes + STARTS_NBYTES)
@@ -199,10 +225,8 @@ class Lane:
         shift = far.shift if far is not None and n >= MIN_ORDERED else 0
         side, low = (0, 0) if far is None or not shift else (2 if far.dst else 1, far.low)
         words, starts = ffi.cast("int64_t *", room), ffi.cast("uint32_t *", room + nbytes)
-        moved = int64(src), moves[0], int64(dst), moves[1], int64(sizes)
-        if not lib.nx_describe(*moved, n, rows == 2, side, low, shift, few, words, starts):
-            self._used = offset
-            return 0
+        sizes = ffi.NULL if batch.lengths is None else int64(batch.lengths)
+        lib.nx_describe(int64(batch.src), moves[0], int64(batch.dst), moves[1], sizes, n, side, low, shift, few, words, starts)
         if not side and batch.units <= IN_PLACE_UNITS:
             return self._described.device_address + offset
         at = self._on_device + offset
@@ -217,6 +241,16 @@ class Lane:
         by = at + 8 * n if side == 2 else at
         self._launch(handles.order, min(64, -(-n // 256)), 256, by, n, low, shift, at + nbytes, at, to, rows)
         return to
+
+    def _touch(self, touch: int, places: int, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """Return the milliseconds that reading a list of places takes."""
+        took = ctypes.c_float()
+        check(self._driver.cuEventRecord(begin, self.stream), "an event")
+        self._launch(touch, TOUCHED // 32, 256, places, TOUCHED, self._on_device)
+        check(self._driver.cuEventRecord(end, self.stream), "an event")
+        check(self._driver.cuEventSynchronize(end), "reading")
+        check(self._driver.cuEventElapsedTime(ctypes.byref(took), begin, end), "a time")
+        return took.value
 
     def _take_room(self, nbytes: int) -> int:
         """Return how far into the descriptors' room the next `nbytes` bytes are."""

@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from nixl_async.errors import DescriptorError
+from nixl_async.native import ffi, int64, lib
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     Array: TypeAlias = NDArray[np.int64]
     Selection: TypeAlias = int | slice | Sequence[int] | NDArray[np.int64] | None
+
+_MIN_PAGES = 16
+"""Shorter lists of pages are better joined before they are paired: each call of compiled code costs as much as some pages."""
 
 # The arrays here are a few MiB. glibc gives such blocks back to the kernel as soon as they are freed, and mapping them afresh page
 # by page takes ten times as long as the arithmetic. Having freed one large block teaches it to keep them (mallopt(3),
@@ -120,12 +124,16 @@ class Region:
             raise DescriptorError(f"offset is {offset}; it must not be negative")
         chosen = integers("indices", indices, as_given=np.int32)
         n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
-        allowed = f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes"
-        # Copied first: that brings the list into the cache, and the check finds it there. 32 bits where they do: half the memory is
-        # half the page faults, which cost more than the copying.
-        narrow: Any = chosen.astype(np.int32 if n_pages < 1 << 31 else np.int64)
-        _check_bounds("page index", chosen, n_pages, allowed)
-        return Descriptor.paged(self, narrow, page_nbytes, stride, offset)
+        # 32 bits where they do: half the memory is half the page faults, which cost more than the copying.
+        copied: Any = np.empty(len(chosen), np.int32)
+        if n_pages >= 1 << 31:
+            copied = chosen.astype(np.int64)
+        elif lib.nx_page_indices(
+            _pointer(chosen), chosen.itemsize, len(chosen), n_pages, ffi.from_buffer("int32_t[]", copied)
+        ):
+            return Descriptor.paged(self, copied, page_nbytes, stride, offset)
+        _check_bounds("page index", chosen, n_pages, f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes")
+        return Descriptor.paged(self, copied, page_nbytes, stride, offset)
 
     def ranges(self, offsets: ArrayLike, nbytes: ArrayLike) -> Descriptor:
         """Describe the ranges of `nbytes[i]` bytes at `offsets[i]`; one integer for `nbytes` serves all of them.
@@ -173,7 +181,7 @@ class Descriptor:
         self._offsets = offsets
         self._lengths = lengths
         single = len(lengths) == 1
-        if page_nbytes := _page_nbytes(lengths):
+        if page_nbytes := page_nbytes_of(lengths):
             self.nbytes = page_nbytes * len(lengths)
         else:
             self.nbytes = int(lengths[0]) if single else int(lengths.sum())
@@ -224,6 +232,17 @@ class Descriptor:
         found *= self._stride
         found += base
         return found
+
+    @property
+    def page_nbytes(self) -> int:
+        """The bytes of each of several pages; 0 where that is not known to be one number."""
+        return 0 if self._lengths is None else page_nbytes_of(self._lengths)
+
+    def places(self) -> tuple[Any, int, int, int]:
+        """Return numbers, the bytes of one of them, a stride and a base: range i begins at address base + stride * numbers[i]."""
+        if self._indices is not None:
+            return _pointer(self._indices), self._indices.itemsize, self._stride, self._base + self.region.address
+        return _pointer(self.offsets), 8, 1, self.region.address
 
     @property
     def lengths(self) -> Array:
@@ -405,9 +424,11 @@ def make_plan(src: Places, dst: Places) -> Plan:
     if targets[0].region.keyed:
         _check_targets(targets)
     part_ends = _part_ends(targets if targets[0].region.keyed else sources)
+    if not targets[0].region.keyed and _are_alike(sources, targets):
+        return Plan(*_pair_pages(sources, targets), nbytes, tuple(part_ends))
     a, a_lengths = _side(sources)
     b, b_lengths = _side(targets)
-    if _page_nbytes(a_lengths) and _page_nbytes(a_lengths) == _page_nbytes(b_lengths):
+    if page_nbytes_of(a_lengths) and page_nbytes_of(a_lengths) == page_nbytes_of(b_lengths):
         lengths = a_lengths
     else:
         if len(a_lengths) == len(b_lengths) and np.array_equal(a_lengths, b_lengths):
@@ -483,6 +504,11 @@ def _part_ends(places: list[Descriptor]) -> list[int]:
     return ends
 
 
+def page_nbytes_of(lengths: Array) -> int:
+    """Return the byte count that all elements of a list of pages' lengths are, without looking at them; 0 if that takes looking."""
+    return int(lengths[0]) if len(lengths) and lengths.strides == (0,) else 0
+
+
 def concatenate(plans: Sequence[Plan]) -> Plan:
     """Join plans between the same two owners into one, for a single wire operation."""
     if len(plans) == 1:
@@ -503,9 +529,9 @@ def _repeated(nbytes: int, n: int) -> Array:
     return array
 
 
-def _page_nbytes(lengths: Array) -> int:
-    """Return the byte count that `_repeated` made an array of, 0 if it is another array."""
-    return int(lengths[0]) if len(lengths) and lengths.strides == (0,) else 0
+def _pointer(array: Any) -> Any:
+    """Return a C pointer to an array's data, for as long as it lives."""
+    return ffi.from_buffer(array)
 
 
 def _positive(what: str, value: int) -> int:
@@ -572,10 +598,36 @@ def _as_descriptors(what: str, places: Places) -> list[Descriptor]:
     return found
 
 
-def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
+def _are_alike(sources: list[Descriptor], targets: list[Descriptor]) -> bool:
+    """Tell whether both sides are as many lists, each of as many pages of one size as its counterpart."""
+    if len(sources) != len(targets) or sum(map(len, sources)) < _MIN_PAGES * len(sources):
+        return False
+    return all(
+        a.page_nbytes and a.page_nbytes == b.page_nbytes and len(a) == len(b) for a, b in zip(sources, targets, strict=True)
+    )
+
+
+def _pair_pages(sources: list[Descriptor], targets: list[Descriptor]) -> tuple[Side, Side, Array]:
+    """Pair lists that are alike, in one pass over each pair."""
+    n = sum(map(len, sources))
+    a, b, lengths = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    counts, at = [], 0
+    for source, target in zip(sources, targets, strict=True):
+        room = int64(a[at:]), int64(b[at:]), int64(lengths[at:])
+        page_nbytes, pages = source.page_nbytes, len(source)
+        count = lib.nx_pair_pages(*source.places(), *target.places(), pages, page_nbytes, *room)
+        if count == pages and len(sources) > 1:
+            lengths[at : at + count] = page_nbytes
+        counts.append(count)
+        at += count
+    lengths = sources[0].lengths if len(sources) == 1 and at == n else lengths[:at]
+    return _of_regions(sources, a[:at], counts), _of_regions(targets, b[:at], counts), np.ascontiguousarray(lengths)
+
+
+def _of_regions(descriptors: list[Descriptor], addresses: Array, counts: list[int]) -> Side:
+    """Return the side that has `counts[i]` of the addresses in the region of descriptor i."""
     if len(descriptors) == 1:
-        only = descriptors[0]
-        return Side(only.region.alone, only.addresses), only.lengths
+        return Side(descriptors[0].region.alone, addresses)
     regions: dict[int, int] = {}
     table: list[Region] = []
     positions = []
@@ -584,9 +636,17 @@ def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
             regions[id(descriptor.region)] = len(table)
             table.append(descriptor.region)
         positions.append(regions[id(descriptor.region)])
+    index = np.repeat(np.array(positions, np.int64), counts) if len(table) > 1 else None
+    return Side(tuple(table), addresses, index)
+
+
+def _side(descriptors: list[Descriptor]) -> tuple[Side, Array]:
+    if len(descriptors) == 1:
+        only = descriptors[0]
+        return Side(only.region.alone, only.addresses), only.lengths
     addresses = np.concatenate([d.addresses for d in descriptors])
-    index = np.repeat(np.array(positions, np.int64), [len(d) for d in descriptors]) if len(table) > 1 else None
-    return Side(tuple(table), addresses, index), np.concatenate([d.lengths for d in descriptors])
+    side = _of_regions(descriptors, addresses, [len(d) for d in descriptors])
+    return side, np.concatenate([d.lengths for d in descriptors])
 
 
 def _pair_unequal(a: Side, a_lengths: Array, b: Side, b_lengths: Array) -> tuple[Side, Side, Array]:
@@ -612,7 +672,7 @@ def _coalesce(a: Side, b: Side, lengths: Array, part_ends: Sequence[int]) -> tup
     if not joined.any():
         return a, b, lengths
     page_nbytes = int(lengths[0])
-    uniform = _page_nbytes(lengths) > 0 or int(lengths.min()) == int(lengths.max())
+    uniform = page_nbytes_of(lengths) > 0 or int(lengths.min()) == int(lengths.max())
     if len(part_ends) > 1:
         inner = np.asarray(part_ends[:-1], np.int64)
         firsts = inner // page_nbytes if uniform else np.searchsorted(np.cumsum(lengths), inner, "left") + 1

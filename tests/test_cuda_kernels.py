@@ -128,7 +128,7 @@ def test_one_run_of_any_length_is_one_piece() -> None:
     assert (len(batch.src), batch.units) == (1, (3 << 30) // UNIT_NBYTES)
 
 
-@pytest.mark.parametrize("lengths", [[1024] * 300 + [8_000_000], [1, 2 << 30], [*range(1, 5000)], [16384, 32768, 49152] * 300])
+@pytest.mark.parametrize("lengths", [[1024] * 300 + [8_000_000], [1, 2 << 30], [*range(1, 5000)], [16384, 32768, 49153] * 300])
 def test_pieces_of_many_sizes_are_few_and_waste_little(lengths: list[int]) -> None:
     sizes = np.array(lengths)
     batch = make_batch(np.cumsum(sizes) - sizes, np.zeros(len(sizes), np.int64), sizes)
@@ -141,15 +141,25 @@ def test_pieces_of_many_sizes_are_few_and_waste_little(lengths: list[int]) -> No
     assert np.array_equal(batch.src, np.cumsum(batch.lengths) - batch.lengths)
 
 
+@pytest.mark.parametrize("page", [512, 16384, 5000])
+def test_pages_of_which_some_follow_each_other_are_pages_again(page: int) -> None:
+    many = np.random.default_rng(3).choice([1, 1, 1, 2, 3], 2000)
+    src = (np.cumsum(many) - many) * page
+    batch = make_batch(src, src + 64, many * page)
+    assert (batch.lengths, batch.piece_nbytes) == (None, page)
+    assert np.array_equal(batch.src, np.arange(many.sum()) * page)
+    assert np.array_equal(batch.dst, batch.src + 64)
+
+
 def described(
-    src: Any, dst: Any, lengths: Any, *, same: bool, side: int = 0, low: int = 0, shift: int = 0, in_order: bool = False
+    src: Any, dst: Any, lengths: Any, *, side: int = 0, low: int = 0, shift: int = 0, in_order: bool = False
 ) -> tuple[Any, Any]:
-    """Return the rows that the device gets, `None` if the lengths were to be one and are not, and where the areas start."""
-    n, rows = len(src), 2 if same else 3
+    """Return the rows that the device gets, and where the areas start; `lengths` is `None` for pages of one size."""
+    n, rows = len(src), 2 if lengths is None else 3
     to, starts = np.zeros(rows * n, np.int64), np.zeros(AREAS, np.uint32)
-    moved = int64(src), 1000, int64(dst), -64, int64(lengths)
-    fits = lib.nx_describe(*moved, n, same, side, low, shift, in_order, int64(to), ffi.from_buffer("uint32_t[]", starts))
-    return (to.reshape(rows, n) if fits else None), starts
+    moved = int64(src), 1000, int64(dst), -64, ffi.NULL if lengths is None else int64(lengths)
+    lib.nx_describe(*moved, n, side, low, shift, in_order, int64(to), ffi.from_buffer("uint32_t[]", starts))
+    return to.reshape(rows, n), starts
 
 
 @pytest.mark.parametrize("side", [1, 2])
@@ -157,13 +167,13 @@ def described(
 def test_entries_are_put_in_order_by_area(library: Any, side: int, same: bool) -> None:
     n, rng = 3000, np.random.default_rng(6)
     src, dst = rng.integers(1 << 40, (1 << 40) + (40 << 30), n), rng.permutation(n) * (13 << 20) + 64
-    lengths = np.full(n, 8) if same else rng.integers(1, 9, n)
+    lengths = None if same else rng.integers(1, 9, n)
     by = (src + 1000, dst - 64)[side - 1]
     far = Far(side == 2, int(by.min()), int(by.max()) + 8)
-    where: dict[str, Any] = {"same": same, "side": side, "low": far.low, "shift": far.shift}
+    where: dict[str, Any] = {"side": side, "low": far.low, "shift": far.shift}
     rows, starts = described(src, dst, lengths, **where)
     assert rows[:2].tolist() == [(src + 1000).tolist(), (dst - 64).tolist()]
-    assert same or rows[2].tolist() == lengths.tolist()
+    assert lengths is None or rows[2].tolist() == lengths.tolist()
     areas = (by - far.low) >> far.shift
     assert areas.max() < AREAS <= 2 * areas.max() + 2
     assert np.array_equal(starts, np.searchsorted(np.sort(areas), np.arange(AREAS)))
@@ -191,14 +201,13 @@ def test_memory_within_reach_needs_no_order() -> None:
 @pytest.mark.parametrize("n", [2, 3, 1000])
 def test_what_is_not_of_one_size_is_seen(n: int) -> None:
     addresses, lengths = np.arange(n) * 64, np.full(n, 7)
-    rows, _ = described(addresses, addresses, lengths, same=True)
-    assert rows.tolist() == [(addresses + 1000).tolist(), (addresses - 64).tolist()]
+    assert make_batch(addresses, addresses, lengths).lengths is None
     for at in {0, n // 2, n - 1}:
         lengths[at] = 8
-        for side, in_order in ((0, False), (1, False), (1, True)):
-            where: dict[str, Any] = {"side": side, "low": 1000, "shift": 21, "in_order": in_order}
-            assert described(addresses, addresses, lengths, same=True, **where)[0] is None
-        assert described(addresses, addresses, lengths, same=False)[0][2].tolist() == lengths.tolist()
+        batch = make_batch(addresses, addresses, lengths)
+        assert batch.lengths is not None
+        rows, _ = described(addresses, addresses, batch.lengths)
+        assert rows.tolist() == [(addresses + 1000).tolist(), (addresses - 64).tolist(), lengths.tolist()]
         lengths[at] = 7
 
 

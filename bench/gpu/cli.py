@@ -126,6 +126,7 @@ def _run(names: list[str], settings: Settings, mib: int | None, out: Path | None
 
 def _write(part: dict[str, Any], name: str, out: Path | None) -> None:
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(to_json(part))
 
 

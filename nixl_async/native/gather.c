@@ -7,14 +7,13 @@
 
 #define NX_AREAS 4096
 
-/* Writes n sources and n destinations, all moved by so much, to `to`. With `same`, the lengths are to be all one: returns 0 if they are
-   not, and what it has written is worth nothing; without, they are written behind. With `far`, 1 for the sources and 2 for the
-   destinations, starts[i] becomes the number of entries whose address there lies in areas before i: areas of 2^shift bytes, which
-   begin at `low` and are more than enough. With `in_order`, the entries are written in the order of these areas, and `starts` is
-   worth nothing. */
-int nx_describe(const int64_t *src, int64_t src_move, const int64_t *dst, int64_t dst_move, const int64_t *lengths, int64_t n,
-                int same, int far, int64_t low, int shift, int in_order, int64_t *to, uint32_t *starts) {
-    int64_t different = 0, move = far == 2 ? dst_move - low : src_move - low;
+/* Writes n sources and n destinations, all moved by so much, to `to`, and their lengths behind if `lengths` is not NULL. With `far`, 1
+   for the sources and 2 for the destinations, starts[i] becomes the number of entries whose address there lies in areas before i:
+   areas of 2^shift bytes, which begin at `low` and are more than enough. With `in_order`, the entries are written in the order of
+   these areas, and `starts` is worth nothing. */
+void nx_describe(const int64_t *src, int64_t src_move, const int64_t *dst, int64_t dst_move, const int64_t *lengths, int64_t n, int far,
+                 int64_t low, int shift, int in_order, int64_t *to, uint32_t *starts) {
+    int64_t move = far == 2 ? dst_move - low : src_move - low;
     const int64_t *by = far == 2 ? dst : src;
     uint32_t sum = 0;
     if (far) {
@@ -32,19 +31,55 @@ int nx_describe(const int64_t *src, int64_t src_move, const int64_t *dst, int64_
             int64_t at = starts[((uint64_t)(by[i] + move) >> shift) % NX_AREAS]++;
             to[at] = src[i] + src_move;
             to[n + at] = dst[i] + dst_move;
-            if (!same)
+            if (lengths)
                 to[2 * n + at] = lengths[i];
-            different |= lengths[i] ^ lengths[0];
         }
-        return !same || !different;
+        return;
     }
-    /* In one pass: the arrays are larger than the caches near by. */
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n; i++)
         to[i] = src[i] + src_move;
+    for (int64_t i = 0; i < n; i++)
         to[n + i] = dst[i] + dst_move;
-        different |= lengths[i] ^ lengths[0];
-    }
-    if (!same)
+    if (lengths)
         memcpy(to + 2 * n, lengths, (size_t)n * sizeof *to);
-    return !same || !different;
+}
+
+/* Writes to `found` into pieces of how many bytes n segments are best cut, into how many pieces, and whether these are all of one
+   size: then a piece is as long as the shortest segment, of which all others are multiples, as they are where some pages follow each
+   other. Else the size is `smallest`, doubled until there are at most `allowed` pieces. */
+void nx_sizes(const int64_t *lengths, int64_t n, int64_t smallest, int64_t allowed, int64_t *found) {
+    int64_t shortest = lengths[0], total = 0;
+    for (int64_t i = 0; i < n; i++) {
+        shortest = lengths[i] < shortest ? lengths[i] : shortest;
+        total += lengths[i];
+    }
+    int same = total / shortest <= allowed;
+    for (int64_t i = 0; same && i < n; i++)
+        same = lengths[i] == shortest || lengths[i] % shortest == 0;
+    found[0] = shortest;
+    found[1] = total / shortest;
+    found[2] = same;
+    for (int64_t piece = smallest; !same; piece *= 2) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; i++)
+            count += (lengths[i] + piece - 1) / piece;
+        if (count <= allowed) {
+            found[0] = piece;
+            found[1] = count;
+            return;
+        }
+    }
+}
+
+/* Cuts n segments into pieces of `piece` bytes, the last of each shorter; with `lengths_to`, their lengths are written too. */
+void nx_cut(const int64_t *src, const int64_t *dst, const int64_t *lengths, int64_t n, int64_t piece, int64_t *src_to, int64_t *dst_to,
+            int64_t *lengths_to) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t done = 0; done < lengths[i]; done += piece, at++) {
+            src_to[at] = src[i] + done;
+            dst_to[at] = dst[i] + done;
+            if (lengths_to)
+                lengths_to[at] = lengths[i] - done < piece ? lengths[i] - done : piece;
+        }
 }
