@@ -164,6 +164,8 @@ def _store(array: Any, value: Any) -> None:
         import cupy
 
         array[...] = cupy.asarray(value)
+        # What is enqueued on a stream is not yet there for transfers, which have streams of their own.
+        cupy.cuda.get_current_stream().synchronize()
 
 
 def _load(array: Any) -> Any:
