@@ -85,7 +85,7 @@ def _trials(stage: Stage) -> list[Trial]:
                 out, into = places[near].dst, places[near].dst
             elif middle.name == FILE and stage.files is not None:
                 out = into = stage.files[1][:]
-            elif middle.name == OBJECT:
+            elif middle.name in (OBJECT, HERE_VRAM):
                 out = into = middle.dst
             what = f"{near} ↔ {middle.name}"
             found.extend(Trial(route, what, near, out, into) for route in (both if near == HERE else both[:1]))

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nixl_async.agent import DEFAULT_BACKENDS, OPTIONAL_BACKENDS, Agent
 from nixl_async.backend import Backend, load_backend
 from nixl_async.cuda import device_count
 from nixl_async.descriptors import Places
-from nixl_async.errors import MissingDependency, NixlError, TransferError
+from nixl_async.errors import MissingDependency, NixlError, RegistrationError, TransferError
 
 PAGE_NBYTES = 64 << 10
 SAME_HOST, OTHER_HOST = "same host", "other host"
@@ -144,7 +144,9 @@ async def be_peer(setup: dict[str, Any], say: Say) -> None:
         if device_count() and "cuda" not in setup["without"] and (across or "cuda" not in missing):
             import cupy
 
-            await agent.register(cupy.zeros(setup["nbytes"], cupy.uint8), name=HERE_VRAM)
+            # Across hosts only ucx takes a device's memory, where it is installed and built for that.
+            with suppress(RegistrationError):
+                await agent.register(cupy.zeros(setup["nbytes"], cupy.uint8), name=HERE_VRAM)
         host, port = await agent.serve("127.0.0.1", 0)
         say(event="serving", address=f"{host}:{port}")
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
