@@ -119,8 +119,9 @@ class CUDABackend(Backend):
         device = _pusher(plan.src, plan.dst) if plan.src.kind is plan.dst.kind else None
         if device is None or lanes.launched >= (MAX_LAUNCHED if op.nbytes <= SMALL_NBYTES else 1):
             return False
+        launched = _launch(lanes, device, plan)
         # A launch cannot be taken back.
-        return Begun(_launch(lanes, device, plan), lambda: None)
+        return (launched.done() and not launched.exception()) or Begun(launched, lambda: None)
 
     async def copy(self, op: Op) -> None:
         """Copy every segment; when cancelled, wait for the launch, or for the chunks that are under way."""
@@ -202,7 +203,7 @@ def _launch(lanes: Lanes, device: int, plan: Plan) -> asyncio.Future[None]:
     known = between[0] == between[1] or between in _ORDERS or _largest(plan.src, plan.dst).nbytes <= REACH_NBYTES
     now = known and len(plan.lengths) <= NOW_SEGMENTS
     urgent = plan.nbytes <= SMALL_NBYTES
-    return lanes.launch(device, partial(_between, plan), now=now, urgent=urgent)
+    return lanes.launch(device, partial(_between, plan), now=now, urgent=urgent, nbytes=plan.nbytes)
 
 
 def _largest(*sides: Side) -> Region:

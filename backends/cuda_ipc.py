@@ -224,8 +224,9 @@ class CUDAIPCBackend(Backend):
             self._mapping(peer, region, ours.regions[0].device).pointer for region in theirs.regions
         ):
             return False
+        begun = self._begin(op, peer)
         # A launch cannot be taken back.
-        return Begun(self._begin(op, peer), lambda: None)
+        return (begun.done() and not begun.exception()) or Begun(begun, lambda: None)
 
     async def copy(self, op: Op) -> None:
         """Copy all segments by one kernel; when cancelled, wait for it."""
@@ -259,8 +260,11 @@ class CUDAIPCBackend(Backend):
             mapping.ops += 1
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         now = len(op.plan.lengths) <= NOW_SEGMENTS and all(mapping.pointer for mapping in mappings)
-        launched = lanes.launch(device, work, now=now, urgent=op.nbytes <= SMALL_NBYTES)
-        launched.add_done_callback(partial(self._ended, peer, mappings, done))
+        launched = lanes.launch(device, work, now=now, urgent=op.nbytes <= SMALL_NBYTES, nbytes=op.nbytes)
+        if launched.done():
+            self._ended(peer, mappings, done, launched)
+        else:
+            launched.add_done_callback(partial(self._ended, peer, mappings, done))
         return done
 
     def _ended(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -30,6 +31,15 @@ _LOOK_SECONDS = 0.5
 NOW_SEGMENTS = 32768
 """Launches of up to so many segments are made on the loop: they take it a fraction of a millisecond, a thread longer."""
 CHUNK_SEGMENTS = 65536
+BRIEF_NBYTES = 1 << 20
+BRIEF_SECONDS = 40e-6
+"""What is launched on the loop and is so little ends, on an idle device, before the loop could fall asleep: it looks for so long.
+
+On machines whose cores sleep deeply, virtual ones above all, to be woken takes five times as long as such a copy.
+"""
+PATIENCE = 4
+"""After so many looks in vain, while the device has other work, only one of `LOOKS_AGAIN` such launches is looked after."""
+LOOKS_AGAIN = 64
 READY_LANES = 2
 """How many lanes of each urgency are made before the first op."""
 
@@ -41,6 +51,7 @@ class _Job:
     urgent: bool
     work: Callable[[Lane], None]
     future: asyncio.Future[None]
+    brief: bool
     lane: Lane | None = None
 
 
@@ -65,6 +76,7 @@ class Lanes:
         self._tokens = ffi.new("uint64_t[]", _TOKENS)
         self._jobs: dict[int, _Job] = {}
         self._next = 0
+        self._patience, self._unseen = PATIENCE, 0
         self._timer: asyncio.TimerHandle | None = None
         loop.add_reader(self._fd, self._readable)
 
@@ -102,21 +114,22 @@ class Lanes:
         return self._loop.run_in_executor(self._launcher, function, *arguments)
 
     def launch(
-        self, device: int, work: Callable[[Lane], None], *, now: bool = False, urgent: bool = False
+        self, device: int, work: Callable[[Lane], None], *, now: bool = False, urgent: bool = False, nbytes: int = 0
     ) -> asyncio.Future[None]:
         """Let `work` enqueue something on a lane of `device`; return a future that ends when that has ended on the device.
 
         `work` is called on the launching thread, or, with `now`, at once if a lane is idle. The future gets what `work` raises, or
-        the device's error, once the lane is quiet.
+        the device's error, once the lane is quiet. Of little that was launched at once, `nbytes` bytes, the end may be there when
+        this returns.
         """
         self._next += 1
         argument = lib.nx_signals_add(self._signals, self._next)
         if argument == ffi.NULL:
             raise MemoryError("no memory for a signal from a CUDA stream")
-        job = _Job(argument, device, urgent, work, self._loop.create_future())
+        job = _Job(argument, device, urgent, work, self._loop.create_future(), 0 < nbytes <= BRIEF_NBYTES)
         self._jobs[self._next] = job
         if now and self._idle.get((device, urgent)) and is_compiled(device):
-            self._enqueue(self._next, job)
+            self._enqueue(self._next, job, here=True)
         else:
             self._launcher.submit(self._enqueue, self._next, job)
         if self._timer is None:
@@ -130,13 +143,17 @@ class Lanes:
                 for _ in range(READY_LANES):
                     self._give(Lane(device, self.chunk_nbytes, urgent))
 
-    def _enqueue(self, token: int, job: _Job) -> None:
+    def _enqueue(self, token: int, job: _Job, here: bool = False) -> None:
         driver = load_driver()
         try:
             with entered(job.device):
                 lane = job.lane = self._take(job.device, job.urgent)
                 try:
                     job.work(lane)
+                    if here and job.brief and self._ends_soon(lane):
+                        lib.nx_signal_drop(job.argument)
+                        self._ended(token, None)
+                        return
                     function, argument = lib.nx_signal_function(), int(ffi.cast("uintptr_t", job.argument))
                     check(driver.cuLaunchHostFunc(lane.stream, function, argument), "a host function")
                 except BaseException:
@@ -148,6 +165,19 @@ class Lanes:
         except BaseException as error:
             lib.nx_signal_drop(job.argument)
             self._tell(self._ended, token, error)
+
+    def _ends_soon(self, lane: Lane) -> bool:
+        """Look for a moment whether a lane's work ends, unless that was in vain of late."""
+        if not self._patience:
+            self._unseen = (self._unseen + 1) % LOOKS_AGAIN
+            if self._unseen:
+                return False
+        ends = time.perf_counter() + BRIEF_SECONDS
+        while (code := lane.query()) == _NOT_READY and time.perf_counter() < ends:
+            pass
+        check(0 if code == _NOT_READY else code, "copying")
+        self._patience = max(0, self._patience - 1) if code else PATIENCE
+        return code == 0
 
     def _readable(self) -> None:
         n = _TOKENS

@@ -11,10 +11,10 @@ import pytest
 
 from nixl_async import BackendError, MemoryRegion
 from nixl_async.cuda_lane import Lane
-from nixl_async.cuda_lanes import Lanes
+from nixl_async.cuda_lanes import BRIEF_NBYTES, LOOKS_AGAIN, PATIENCE, Lanes
 from nixl_async.descriptors import Plan, make_plan
 from nixl_async.memory import open_buffer
-from tests.cuda_host import FAILED, NOT_READY, Host, stand_in
+from tests.cuda_host import FAILED, NOT_READY, Host, HostLane, stand_in
 
 
 @pytest.fixture
@@ -62,6 +62,49 @@ async def test_what_waits_for_streams_is_done_before_the_first_op(
     assert [(lane.device, lane.urgent) for lane in host.lanes] == [(0, False), (0, True)]
     await lanes.launch(0, run, now=True)
     assert len(host.lanes) == 2
+
+
+async def test_what_is_brief_has_ended_when_it_is_launched(host: Host, lanes: Lanes) -> None:
+    await lanes.launch(0, run)
+    host.signals = False
+    for _ in range(2 * PATIENCE):
+        future = lanes.launch(0, run, now=True, nbytes=BRIEF_NBYTES)
+        assert future.done()
+        await future
+    # What is more, or launched by the thread, is told by its signal.
+    host.signals = True
+    for nbytes, now in ((BRIEF_NBYTES + 1, True), (0, True), (1, False)):
+        future = lanes.launch(0, run, now=now, nbytes=nbytes)
+        assert not future.done()
+        await future
+
+
+async def test_a_busy_device_is_not_waited_for_again_and_again(
+    host: Host, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await lanes.launch(0, run)
+    host.state = NOT_READY
+    asked: list[int] = []
+    monkeypatch.setattr("nixl_async.cuda_lanes.BRIEF_SECONDS", 0.0)
+    monkeypatch.setattr(HostLane, "query", lambda lane: (asked.append(1), host.state)[1])
+    for _ in range(PATIENCE + 2 * LOOKS_AGAIN):
+        await lanes.launch(0, run, now=True, nbytes=1)
+    assert len(asked) == PATIENCE + 2
+    # Once a look has been worth it, all are looked after again.
+    host.state = 0
+    ended = 0
+    for _ in range(2 * LOOKS_AGAIN):
+        future = lanes.launch(0, run, now=True, nbytes=1)
+        ended += future.done()
+        await future
+    assert ended > LOOKS_AGAIN
+
+
+async def test_an_error_of_a_brief_launch_is_raised(host: Host, lanes: Lanes) -> None:
+    await lanes.launch(0, run)
+    host.state = FAILED
+    with pytest.raises(BackendError, match="error 700"):
+        await lanes.launch(0, run, now=True, nbytes=1)
 
 
 async def test_lanes_are_of_a_device_and_an_urgency(host: Host, lanes: Lanes) -> None:
