@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ pytestmark = [
 
 def run(*arguments: str) -> str:
     command = [sys.executable, "-m", "nixl_async", *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    wide = os.environ | {"COLUMNS": "250"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=wide)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
