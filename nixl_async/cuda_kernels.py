@@ -121,12 +121,22 @@ extern "C" __global__ void nixl_order(const unsigned long long *by, unsigned n, 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one launch copies: pieces of `piece_nbytes` bytes, or, with `lengths`, of that many each and at most so many."""
+    """What one launch copies: segments, cut into `n` pieces of `piece_nbytes` bytes, or of at most so many if they are not `same`.
+
+    `lengths` is `None` where every segment is a piece of that size.
+    """
 
     src: Array
     dst: Array
     lengths: Array | None
     piece_nbytes: int
+    n: int
+    same: bool = True
+
+    @property
+    def rows(self) -> int:
+        """How many arrays the kernel reads: sources, destinations, and lengths if they are not one."""
+        return 2 if self.same else 3
 
     @property
     def units_per_piece(self) -> int:
@@ -136,17 +146,29 @@ class Batch:
     @property
     def units(self) -> int:
         """How many units there are, those behind the end of a short piece included."""
-        return len(self.src) * self.units_per_piece
+        return self.n * self.units_per_piece
 
     @property
     def blocks(self) -> int:
         """How many blocks of threads copy each unit at once."""
         return -(-self.units // UNITS_PER_BLOCK)
 
-    @property
+    def write(self, to: Any, moves: tuple[int, int] = (0, 0)) -> None:
+        """Write the kernel's arrays one behind the other to a pointer, sources and destinations moved by so many bytes."""
+        src, dst, n = int64(self.src), int64(self.dst), self.n
+        if self.lengths is None:
+            lib.nx_describe(src, moves[0], dst, moves[1], ffi.NULL, n, 0, 0, 0, 0, to, ffi.NULL)
+            return
+        sizes = ffi.NULL if self.same else to + 2 * n
+        lib.nx_cut(src, moves[0], dst, moves[1], int64(self.lengths), len(self.lengths), self.piece_nbytes, to, to + n, sizes)
+
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays that the kernel reads, in its order."""
-        return (self.src, self.dst) if self.lengths is None else (self.src, self.dst, self.lengths)
+        """Return the kernel's arrays."""
+        if self.lengths is None:
+            return self.src, self.dst
+        made = np.empty((self.rows, self.n), np.int64)
+        self.write(ffi.cast("int64_t *", made.ctypes.data))
+        return tuple(made)
 
 
 def make_batch(src: Array, dst: Array, lengths: Array) -> Batch:
@@ -155,19 +177,13 @@ def make_batch(src: Array, dst: Array, lengths: Array) -> Batch:
     Segments of different sizes are cut so that few warps find nothing to do: pieces are at most twice the segments, and 1,024.
     Pages of which some follow each other are cut into pages again.
     """
-    src, dst = np.ascontiguousarray(src, np.int64), np.ascontiguousarray(dst, np.int64)
+    src, dst, n = np.ascontiguousarray(src, np.int64), np.ascontiguousarray(dst, np.int64), len(lengths)
     if page_nbytes := page_nbytes_of(lengths):
-        return Batch(src, dst, None, page_nbytes)
-    n, lengths, found = len(lengths), np.ascontiguousarray(lengths, np.int64), np.empty(3, np.int64)
+        return Batch(src, dst, None, page_nbytes, n)
+    lengths, found = np.ascontiguousarray(lengths, np.int64), np.empty(3, np.int64)
     lib.nx_sizes(int64(lengths), n, UNIT_NBYTES, 2 * n + 1024, int64(found))
     piece, count, same = found.tolist()
-    if same and count == n:
-        return Batch(src, dst, None, piece)
-    rows = np.empty((2 if same else 3, count), np.int64)
-    cut = None if same else rows[2]
-    sizes = ffi.NULL if cut is None else int64(cut)
-    lib.nx_cut(int64(src), int64(dst), int64(lengths), n, piece, int64(rows[0]), int64(rows[1]), sizes)
-    return Batch(rows[0], rows[1], cut, piece)
+    return Batch(src, dst, None if same and count == n else lengths, piece, count, bool(same))
 
 
 def shifted(side: Side, by: Sequence[int]) -> Array:

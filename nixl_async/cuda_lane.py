@@ -209,15 +209,15 @@ class Lane:
     ) -> None:
         batch = make_batch(src, dst, lengths)
         at = self._describe(handles, batch, moves, far)
-        n, blocks = len(batch.src), min(batch.blocks, max_blocks or batch.blocks)
-        described = at, at + 8 * n, at + 16 * n if batch.lengths is not None else 0
+        n, blocks = batch.n, min(batch.blocks, max_blocks or batch.blocks)
+        described = at, at + 8 * n, 0 if batch.same else at + 16 * n
         self._launch(
             handles.copy, blocks, THREADS_PER_BLOCK, *described, batch.piece_nbytes, batch.units, batch.units_per_piece
         )
 
     def _describe(self, handles: Kernels, batch: Batch, moves: tuple[int, int], far: Far | None) -> int:
         """Enqueue what puts a batch's arrays where the device finds them; return where that is."""
-        n, rows = len(batch.src), len(batch.arrays)
+        n, rows = batch.n, batch.rows
         nbytes = 8 * n * rows
         few = nbytes <= FETCHED_NBYTES
         offset = self._take_room(nbytes + STARTS_NBYTES)
@@ -225,8 +225,12 @@ class Lane:
         shift = far.shift if far is not None and n >= MIN_ORDERED else 0
         side, low = (0, 0) if far is None or not shift else (2 if far.dst else 1, far.low)
         words, starts = ffi.cast("int64_t *", room), ffi.cast("uint32_t *", room + nbytes)
-        sizes = ffi.NULL if batch.lengths is None else int64(batch.lengths)
-        lib.nx_describe(int64(batch.src), moves[0], int64(batch.dst), moves[1], sizes, n, side, low, shift, few, words, starts)
+        if not side:
+            batch.write(words, moves)
+        else:
+            src, dst, *lengths = batch.arrays()
+            sizes = int64(lengths[0]) if lengths else ffi.NULL
+            lib.nx_describe(int64(src), moves[0], int64(dst), moves[1], sizes, n, side, low, shift, few, words, starts)
         if not side and batch.units <= IN_PLACE_UNITS:
             return self._described.device_address + offset
         at = self._on_device + offset

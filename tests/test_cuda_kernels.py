@@ -76,7 +76,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def run(library: Any) -> Callable[[Batch, int], None]:
     def call(batch: Batch, blocks: int) -> None:
-        arrays = [np.ascontiguousarray(array, np.int64) for array in batch.arrays]
+        arrays = [np.ascontiguousarray(array, np.int64) for array in batch.arrays()]
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays] + [None]
         numbers = batch.units, batch.units_per_piece, blocks or batch.blocks, THREADS_PER_BLOCK
         library.run(*pointers[:3], ctypes.c_uint64(batch.piece_nbytes), *map(ctypes.c_uint, numbers))
@@ -118,27 +118,28 @@ def test_every_byte_of_ranges_of_all_sizes_is_copied(run: Callable[[Batch, int],
 def test_pages_of_one_size_need_no_lengths() -> None:
     addresses = np.arange(1000) * 9000
     batch = make_batch(addresses, addresses + 64, np.full(1000, 9000))
-    assert (batch.lengths, batch.piece_nbytes, batch.units_per_piece, batch.units) == (None, 9000, 5, 5000)
+    assert (batch.same, batch.piece_nbytes, batch.units_per_piece, batch.units) == (True, 9000, 5, 5000)
     assert batch.blocks == 5000 // UNITS_PER_BLOCK
-    assert [len(array) for array in batch.arrays] == [1000, 1000]
+    assert [len(array) for array in batch.arrays()] == [1000, 1000]
 
 
 def test_one_run_of_any_length_is_one_piece() -> None:
     batch = make_batch(np.array([64]), np.array([1 << 40]), np.array([3 << 30]))
-    assert (len(batch.src), batch.units) == (1, (3 << 30) // UNIT_NBYTES)
+    assert (batch.n, batch.units) == (1, (3 << 30) // UNIT_NBYTES)
 
 
 @pytest.mark.parametrize("lengths", [[1024] * 300 + [8_000_000], [1, 2 << 30], [*range(1, 5000)], [16384, 32768, 49153] * 300])
 def test_pieces_of_many_sizes_are_few_and_waste_little(lengths: list[int]) -> None:
     sizes = np.array(lengths)
     batch = make_batch(np.cumsum(sizes) - sizes, np.zeros(len(sizes), np.int64), sizes)
-    assert batch.lengths is not None
-    assert len(batch.src) <= 2 * len(sizes) + 1024
-    assert int(batch.lengths.sum()) == int(sizes.sum())
-    assert int(batch.lengths.min()) > 0
-    assert int(batch.lengths.max()) <= batch.piece_nbytes
+    assert not batch.same
+    src, _, cut = batch.arrays()
+    assert len(src) == batch.n <= 2 * len(sizes) + 1024
+    assert int(cut.sum()) == int(sizes.sum())
+    assert int(cut.min()) > 0
+    assert int(cut.max()) <= batch.piece_nbytes
     # One behind the other at the source, as the segments were.
-    assert np.array_equal(batch.src, np.cumsum(batch.lengths) - batch.lengths)
+    assert np.array_equal(src, np.cumsum(cut) - cut)
 
 
 @pytest.mark.parametrize("page", [512, 16384, 5000])
@@ -146,9 +147,18 @@ def test_pages_of_which_some_follow_each_other_are_pages_again(page: int) -> Non
     many = np.random.default_rng(3).choice([1, 1, 1, 2, 3], 2000)
     src = (np.cumsum(many) - many) * page
     batch = make_batch(src, src + 64, many * page)
-    assert (batch.lengths, batch.piece_nbytes) == (None, page)
-    assert np.array_equal(batch.src, np.arange(many.sum()) * page)
-    assert np.array_equal(batch.dst, batch.src + 64)
+    assert (batch.same, batch.piece_nbytes) == (True, page)
+    assert np.array_equal(batch.arrays(), np.arange(many.sum()) * page + [[0], [64]])
+
+
+@pytest.mark.parametrize("many", [[1] * 50, [1, 2, 1, 3] * 20, [1, 2.5, 3] * 20], ids=["pages", "joined", "ranges"])
+def test_pieces_are_written_where_the_device_sees_them(many: list[float]) -> None:
+    lengths = (np.array(many) * 4096).astype(np.int64)
+    batch = make_batch(np.cumsum(lengths) - lengths, np.cumsum(lengths) * 2, lengths)
+    rows = np.zeros((batch.rows, batch.n), np.int64)
+    batch.write(ffi.cast("int64_t *", rows.ctypes.data), (1000, -64))
+    assert np.array_equal(rows[:2], np.add(batch.arrays()[:2], [[1000], [-64]]))
+    assert batch.same or np.array_equal(rows[2], batch.arrays()[2])
 
 
 def described(
@@ -201,12 +211,12 @@ def test_memory_within_reach_needs_no_order() -> None:
 @pytest.mark.parametrize("n", [2, 3, 1000])
 def test_what_is_not_of_one_size_is_seen(n: int) -> None:
     addresses, lengths = np.arange(n) * 64, np.full(n, 7)
-    assert make_batch(addresses, addresses, lengths).lengths is None
+    assert make_batch(addresses, addresses, lengths).same
     for at in {0, n // 2, n - 1}:
         lengths[at] = 8
         batch = make_batch(addresses, addresses, lengths)
-        assert batch.lengths is not None
-        rows, _ = described(addresses, addresses, batch.lengths)
+        assert not batch.same
+        rows, _ = described(*batch.arrays())
         assert rows.tolist() == [(addresses + 1000).tolist(), (addresses - 64).tolist(), lengths.tolist()]
         lengths[at] = 7
 

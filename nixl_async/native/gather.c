@@ -71,14 +71,15 @@ void nx_sizes(const int64_t *lengths, int64_t n, int64_t smallest, int64_t allow
     }
 }
 
-/* Cuts n segments into pieces of `piece` bytes, the last of each shorter; with `lengths_to`, their lengths are written too. */
-void nx_cut(const int64_t *src, const int64_t *dst, const int64_t *lengths, int64_t n, int64_t piece, int64_t *src_to, int64_t *dst_to,
-            int64_t *lengths_to) {
+/* Cuts n segments into pieces of `piece` bytes, the last of each shorter, and writes the pieces' sources and destinations, moved by so
+   much, and, with `lengths_to`, their lengths. */
+void nx_cut(const int64_t *src, int64_t src_move, const int64_t *dst, int64_t dst_move, const int64_t *lengths, int64_t n,
+            int64_t piece, int64_t *src_to, int64_t *dst_to, int64_t *lengths_to) {
     int64_t at = 0;
     for (int64_t i = 0; i < n; i++)
         for (int64_t done = 0; done < lengths[i]; done += piece, at++) {
-            src_to[at] = src[i] + done;
-            dst_to[at] = dst[i] + done;
+            src_to[at] = src[i] + src_move + done;
+            dst_to[at] = dst[i] + dst_move + done;
             if (lengths_to)
                 lengths_to[at] = lengths[i] - done < piece ? lengths[i] - done : piece;
         }
