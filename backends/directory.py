@@ -10,6 +10,7 @@ import asyncio
 import errno
 import os
 import re
+import resource
 import secrets
 import stat as stat_module
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BATCH_FILES = 64
+"""How many files one thread has open at most. All of them together take half of what the process may have: `RLIMIT_NOFILE`."""
 BATCH_NBYTES = 16 << 20
 PIECE_NBYTES = 8 << 20
 LISTED_AT_ONCE = 1000
@@ -155,10 +157,10 @@ class DirectoryBackend(StorageBackend):
         raise_failed([(file.first, file.error) for file in failed if file.error], op)
 
     def _batches(self, plan: Plan, put: bool) -> Iterator[_Batch]:
-        batch, first = _Batch(), 0
+        batch, first, most = _Batch(), 0, self._files_at_once()
         for region, key, start, stop, offset in object_parts(plan.dst if put else plan.src, plan.lengths):
             nbytes = int(plan.lengths[start:stop].sum())
-            if batch.files and (len(batch.files) == BATCH_FILES or batch.nbytes + nbytes > BATCH_NBYTES):
+            if batch.files and (len(batch.files) == most or batch.nbytes + nbytes > BATCH_NBYTES):
                 yield batch
                 batch = _Batch()
             batch.files.append(_File(region, key, start, stop, offset, first, nbytes))
@@ -167,20 +169,43 @@ class DirectoryBackend(StorageBackend):
         if batch.files:
             yield batch
 
+    def _files_at_once(self) -> int:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY:
+            return BATCH_FILES
+        # Each may be open twice, the second time past the page cache.
+        return max(1, min(BATCH_FILES, soft // 2 // (2 * self._n_threads)))
+
     # On threads.
 
     def _option(self, address: StoreAddress, name: str) -> bool:
         return bool(dict(address.options).get(name, self._defaults[name]))
 
     def _run(self, engine: FileEngine, put: bool, plan: Plan, files: list[_File], stop: Any) -> None:
+        at = 0
+        while at < len(files):
+            n = self._open_some(files[at:], put)
+            self._move(engine, put, plan, files[at : at + n], stop)
+            at += n
+
+    def _open_some(self, files: list[_File], put: bool) -> int:
+        """Open files, as many as there are descriptors for; return how many were seen to: some cannot be opened."""
+        n_open = 0
+        for n, file in enumerate(files):
+            try:
+                self._open(file, put)
+                n_open += 1
+            except OSError as error:
+                _close(file)
+                if error.errno in (errno.EMFILE, errno.ENFILE) and n_open:
+                    return n
+                file.error = os_error(error, f"opening {file.key!r}", backend=self.name)
+            except TransferError as error:
+                file.error = error
+        return len(files)
+
+    def _move(self, engine: FileEngine, put: bool, plan: Plan, files: list[_File], stop: Any) -> None:
         try:
-            for file in files:
-                try:
-                    self._open(file, put)
-                except OSError as error:
-                    file.error = os_error(error, f"opening {file.key!r}", backend=self.name)
-                except TransferError as error:
-                    file.error = error
             opened = [file for file in files if file.error is None]
             try:
                 if opened:

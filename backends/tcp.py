@@ -280,11 +280,12 @@ class TCPBackend(Backend):
                 lib.nx_tcp_forget(stream.pointer)
 
     async def fence(self, peer: PeerInfo, mark: bytes) -> None:
-        """Close our end of the connection that the peer means."""
+        """Close our end of the connection that the peer means, or of all that it has opened."""
         self._opened()
-        if not mark.isdigit() or len(mark) > _MAX_MARK:
+        if mark and (not mark.isdigit() or len(mark) > _MAX_MARK):
             raise BackendError(f"a fence of peer {peer.name!r} names no connection: {mark[:40]!r}", backend=self.name)
-        await self._drop_accepted(_identity(peer.name, peer.incarnation) + mark + b"\0", dismiss=False)
+        which = mark + b"\0" if mark else b""
+        await self._drop_accepted(_identity(peer.name, peer.incarnation) + which, dismiss=False)
 
     async def register(self, region: MemoryRegion) -> bytes:
         """Let peers that know the key read the region, and write to it unless it is read-only."""

@@ -207,13 +207,14 @@ class UCXBackend(Backend):
         ended.add_done_callback(partial(self._ended, known))
 
     async def disconnect(self, peer: str) -> None:
-        """Close the endpoint to a peer."""
+        """Close the endpoint to a peer, and take what had arrived by then: nothing that it has sent is written afterwards."""
         known = self._peers.pop(peer, None)
         if known is None:
             return
         known.lost = known.lost or "we parted from it"
         try:
             await quiesce(self._shut(known))
+            await self._settle(peer)
         finally:
             if known.fence is not None:
                 known.fence.cancel()
@@ -243,7 +244,7 @@ class UCXBackend(Backend):
     async def fence(self, peer: PeerInfo, mark: bytes) -> None:
         """Close our endpoint to the peer by force, and take all that had arrived by then.
 
-        `mark` is empty, or says that the peer's endpoint failed for a fence of ours: then ours had been closed before.
+        `mark` says that the peer's endpoint failed for a fence of ours: then ours had been closed before. Else it is empty.
         """
         known = self._peers.get(peer.name)
         if known is not None and known.identity == peer.incarnation and not known.lost:
@@ -253,11 +254,15 @@ class UCXBackend(Backend):
                 await quiesce(known.ended)
             if known.ended.done():
                 await quiesce(self._shut(known))
+        await self._settle(peer.name)
+
+    async def _settle(self, peer: str) -> None:
+        """Take all that has arrived: copied to where it belongs, or dropped with its endpoint."""
         number = next(self._ids)
         settled = self._expect(number)
         if lib.nx_ucx_settle(self._engine, number):
             del self._waiting[number]
-            raise BackendError("out of memory", backend=self.name, peer=peer.name)
+            raise BackendError("out of memory", backend=self.name, peer=peer)
         await quiesce(settled)
 
     async def register(self, region: MemoryRegion) -> bytes:

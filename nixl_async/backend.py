@@ -252,18 +252,25 @@ class Backend(ABC):
     async def fence(self, peer: PeerInfo, mark: bytes) -> None:
         """Let nothing more be written here for those ops of `peer` that its backend of this name means by `mark`.
 
-        What of them has arrived may be written before this returns; nothing of them is written after.
+        What of them has arrived may be written before this returns; nothing of them is written after. An empty mark means all that
+        the peer's life has ever begun: it had given us up and connects again, and this side has parted from it, or never knew it.
+        By default nothing is written here but by the peer itself, whose ops were over when it parted.
 
         Raises:
             BackendError: that cannot be made sure.
         """
+        if not mark:
+            return
         raise BackendError(f"backend {self.name!r} cannot fence off what a peer has sent", backend=self.name, peer=peer.name)
 
     async def forget(self, region: RemoteRegion) -> None:
         """Let go of what was kept of a peer's region, which its owner withdraws; no op uses it."""
 
     async def disconnect(self, peer: str) -> None:
-        """Forget `peer`. No op of it is in flight, or the peer is lost and its ops have been failed."""
+        """Forget `peer`. No op of it is in flight, or the peer is lost and its ops have been failed.
+
+        Afterwards nothing is written here that the peer has sent on connections of this backend.
+        """
 
 
 @dataclass(frozen=True, slots=True)

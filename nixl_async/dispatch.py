@@ -23,6 +23,7 @@ from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion
 from nixl_async.outages import Outage
+from nixl_async.repeating import repeats
 from nixl_async.revival import Revival
 from nixl_async.scheduler import Action, ClassCount, Finish, Lost, Scheduler, Start, Stop, Verify
 from nixl_async.storage import FileRegion
@@ -165,7 +166,7 @@ class Dispatcher:
             try:
                 result = await self._finish_begun(prepared, result)
             except (BackendError, PeerLost) as error:
-                if not _may_repeat(prepared, error):
+                if not repeats(error, len(prepared.routes)):
                     raise
                 # It is quiet: what is repeated goes the scheduler's way.
                 self._inline_failed(prepared, result.route, error)
@@ -196,7 +197,7 @@ class Dispatcher:
         except (BackendError, PeerLost) as error:
             # What failed because it was stopped says why.
             prepared.check_usable()
-            if _may_repeat(prepared, error):
+            if repeats(error, len(prepared.routes)):
                 ended = ""
             raise
         except Quarantined as error:
@@ -517,11 +518,6 @@ class Dispatcher:
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
-
-
-def _may_repeat(prepared: PreparedTransfer, error: TransferError) -> bool:
-    """Tell whether what a backend could not do at once may be tried again, or by another route."""
-    return isinstance(error, PeerLost) or error.retryable or len(prepared.routes) > 1
 
 
 def _let_go(plan: Plan, error: BaseException | None, *, quiet: bool = True) -> list[Region]:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import itertools
 import os
+import resource
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ SWEPT = 16
 def os_error(error: OSError, what: str, *, backend: str = "posix") -> TransferError:
     """Turn an operating system's error into ours; `what` says what was being done."""
     text = f"{what}: {error.strerror or error}"
+    if error.errno == errno.EMFILE:
+        text += f"; RLIMIT_NOFILE allows {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} descriptors: raise it (ulimit -n)"
     kinds: dict[int | None, type[TransferError]] = {
         errno.ENOENT: NotFoundError,
         errno.EACCES: AccessError,

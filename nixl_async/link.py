@@ -89,6 +89,10 @@ class Link(asyncio.Protocol):
         self.superseded = False
         self.told = False
         """Whether our metadata was sent: from then on the other side must hear of every change to it."""
+        self.announced = False
+        """Whether all of the other side's metadata has come."""
+        self.our_loss = self.their_loss = 0
+        """After which loss of the other side by us, and of us by it, the two tell each other of themselves; see `rejoining`."""
         self.closed = False
         self.turned_away = False
         """Whether the other side closed the connection before saying anything: it may have too many of them at present."""
@@ -269,7 +273,7 @@ class Link(asyncio.Protocol):
         if self._held is None:
             self._held, self._kept = self._kept, deque()
             self._kept_nbytes = 0
-            if self._transport is not None:
+            if self._transport is not None and not self._transport.is_closing():
                 self._transport.pause_reading()
 
     def unhold(self) -> None:

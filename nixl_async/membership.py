@@ -14,7 +14,8 @@ import logging
 import random
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ from nixl_async.peers import (
     read_regions,
     region_record,
 )
+from nixl_async.rejoining import Losses
 from nixl_async.security import ConnectionLimits, Credentials
 from nixl_async.wire import FrameType, Greeting, decode_json, encode_frame, encode_json
 
@@ -81,6 +83,14 @@ class FrameTaker(Protocol):
 
     def link_closed(self, link: Link) -> None:
         """Take note of a link's end."""
+
+
+@dataclass(slots=True, eq=False)
+class _Turns:
+    """Who comes by one name, one at a time: `users` waits or has its turn."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
 
 
 class Membership:
@@ -118,17 +128,23 @@ class Membership:
         self._links: set[Link] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listeners: list[asyncio.Queue[MembershipEvent | None]] = []
-        self._joining: dict[str, asyncio.Lock] = {}
+        self._joining: dict[str, _Turns] = {}
         self._arrivals: dict[str, list[asyncio.Future[Peer]]] = {}
         # Who waits for a link in the place of one that was superseded, by the peer.
         self._replacements: dict[str, list[asyncio.Future[None]]] = {}
-        # Answers awaited from peers, to WITHDRAW, LEAVE and FENCE: `None` when the link ends first, else why a FENCE failed, or "".
+        # Answers awaited from peers to what we ask: `None` when the link ends first, else why that failed, or "".
         self._answers: dict[tuple[Link, int], asyncio.Future[str | None]] = {}
         self._next_id = 0
         # Peers that we part from, as long as transfers with them become quiet.
         self._parting: dict[str, Peer] = {}
         # Peers that backends have not let go of: who comes back waits, lest what is still written for him comes after what he does.
         self._going: dict[str, asyncio.Future[None]] = {}
+        # Peers that were given up before, and what they were asked to confirm.
+        self._losses = Losses()
+        self._rejoins: dict[Link, asyncio.Future[str | None]] = {}
+        # Connections of peers that had given us up, by the life of the peer; those where that is still being seen to.
+        self._returned: dict[tuple[str, str], list[Link]] = {}
+        self._rejoining: set[Link] = set()
         # How many changes of our regions peers were told; who has news that were posted and not sent.
         self._revision = 0
         self._news: dict[Link, None] = {}
@@ -469,7 +485,8 @@ class Membership:
         if link.connecting and known is not None and known.link is not None and known.incarnation == link.other.incarnation:
             self._yield_to(link, known)
             return
-        if known is not None and known.incarnation != link.other.incarnation and not link.names_proved:
+        if known is not None and known.incarnation != link.other.incarnation:
+            # It uses our backends once it is told of them: by then nothing of its life before may be written any more.
             link.hold()
             self._spawn(self._replace(known, link))
             return
@@ -493,8 +510,10 @@ class Membership:
             if announcement.more:
                 self._gathering[link] = announcement, regions
                 return
-            link.hold()
-            self._spawn(self._join(link, announcement, regions))
+            self._announced(link, announcement, regions)
+            return
+        if kind is FrameType.REJOIN:
+            self._take_rejoin(link, payload)
             return
         if kind is FrameType.SUPERSEDED:
             link.superseded = link.leaving = True
@@ -503,7 +522,11 @@ class Membership:
         if kind is FrameType.REGIONS and payload.startswith(_PIECE):
             self._gather(link, payload)
             return
-        if link in self._gathering:
+        if kind is FrameType.FENCED and link in self._rejoins:
+            value = decode_json(payload, id=int)
+            self._answer(link, value["id"], str(value.get("error", "")))
+            return
+        if link in self._gathering or (link in self._rejoins and link.announced):
             link.keep(kind, payload)
             return
         peer = self.peers.get(link.other.name)
@@ -561,6 +584,12 @@ class Membership:
         self._links.discard(link)
         self._news.pop(link, None)
         self._gathering.pop(link, None)
+        self._rejoins.pop(link, None)
+        if link.their_loss:
+            who = link.other.name, link.other.incarnation
+            self._returned[who].remove(link)
+            if not self._returned[who]:
+                del self._returned[who]
         if self._server is not None:
             self._server.settled(link, error)
         for key in [key for key in self._answers if key[0] is link]:
@@ -679,6 +708,9 @@ class Membership:
         more = len(regions) > PIECE_REGIONS
         mine = self._name, self._incarnation, self.address, self.backends
         to = link.other.name, link.other.incarnation
+        link.our_loss = self._losses.number(*to)
+        if link.our_loss:
+            self._ask_rejoin(link)
         blob = encode_announcement(*mine, regions, self._revision, more=more, to=to)
         link.send(encode_frame(FrameType.METADATA, blob))
         link.told = True
@@ -710,8 +742,75 @@ class Membership:
             raise ProtocolError(f"{announcement.name!r} has more than {MAX_PEER_REGIONS} regions")
         if value["last"]:
             del self._gathering[link]
+            self._announced(link, announcement, regions)
+
+    def _announced(self, link: Link, announcement: Announcement, regions: dict[str, RemoteRegion]) -> None:
+        link.announced = True
+        if link not in self._rejoins or self._rejoins[link].done():
+            # Else the confirmation is still to be read; what comes before it is kept.
             link.hold()
-            self._spawn(self._join(link, announcement, regions))
+        self._spawn(self._join(link, announcement, regions))
+
+    # Joining again.
+
+    def _ask_rejoin(self, link: Link) -> None:
+        """Tell a peer that it was given up before, and ask it to see to it that nothing from then is written any more."""
+        asked = self._rejoins[link] = self._question(link, FrameType.REJOIN, number=link.our_loss)
+        seconds = self._limits.handshake_seconds
+        why = (
+            f"peer {link.other.name!r} did not confirm within {seconds:g} s that nothing of the connections before is written"
+        )
+        late = PeerLost(why, peer=link.other.name, retryable=True)
+        timer = asyncio.get_running_loop().call_later(seconds, link.fail, late)
+        asked.add_done_callback(lambda _: timer.cancel())
+
+    async def _confirmed(self, link: Link) -> bool:
+        """Wait for what `_ask_rejoin` asked for; return whether a peer may join."""
+        error = await self._rejoins[link]
+        if self._rejoins.pop(link, None) is None or error is None:
+            return False
+        link.hold()
+        if error:
+            name = link.other.name
+            why = f"peer {name!r} cannot confirm that nothing of the connections before is written: {error}"
+            link.fail(PeerLost(why, peer=name, retryable=True))
+        return not error
+
+    def _take_rejoin(self, link: Link, payload: bytes) -> None:
+        value = decode_json(payload, id=int, number=int)
+        if link.announced or link.their_loss:
+            raise ProtocolError("REJOIN comes twice, or after METADATA")
+        if not 0 < value["number"] < 1 << 63:
+            raise ProtocolError(f"the number of a REJOIN is {value['number']}; it must be above 0")
+        link.their_loss = value["number"]
+        self._returned.setdefault((link.other.name, link.other.incarnation), []).append(link)
+        self._rejoining.add(link)
+        self._spawn(self._rejoined(link, value["id"]))
+
+    def _siblings(self, link: Link) -> list[Link]:
+        """Return the other connections of the same life of a peer that come after it had given us up."""
+        return [one for one in self._returned.get((link.other.name, link.other.incarnation), ()) if one is not link]
+
+    async def _rejoined(self, link: Link, number: int) -> None:
+        """Part from a peer that had given us up: what it has sent on the connections of that time is not written after this."""
+        answer: dict[str, Any] = {"id": number}
+        name, incarnation = link.other.name, link.other.incarnation
+        try:
+            async with self._alone(name):
+                if not any(one.their_loss >= link.their_loss for one in self._siblings(link) if one not in self._rejoining):
+                    known = self.peers.get(name)
+                    if known is not None and not await self._give_way(known, link):
+                        return
+                    await self._gone(name)
+                    for backend in self.backends:
+                        if backend.remote:
+                            # A peer that never joined here may have connected to our backends.
+                            await backend.fence(PeerInfo(name, incarnation, b"", link.host), b"")
+        except NixlError as error:
+            answer["error"] = str(error) or type(error).__name__
+        finally:
+            self._rejoining.discard(link)
+        link.send(encode_json(FrameType.FENCED, answer))
 
     def _post(self, frame: bytes) -> list[Link]:
         """Let a frame go to everyone who was sent the metadata, before whatever else they are sent; return who that is."""
@@ -743,29 +842,58 @@ class Membership:
             link.unhold()
 
     async def _give_way(self, known: Peer, link: Link) -> bool:
-        """Forget a peer for another incarnation of it; return whether that is right."""
+        """Forget a peer for another incarnation of it, or another attempt of it; return whether that is right."""
         # Whoever knows a shared token can claim any name: not that of one who is there.
         if not link.names_proved and known.link is not None and await known.link.answers(PROBE_SECONDS):
             link.fail(AuthenticationError(f"the name {known.name!r} belongs to an agent that is connected and alive"))
             return False
-        await self._drop(known, PeerLost(f"peer {known.name!r} was replaced by a new incarnation", peer=known.name), "lost")
+        why = (
+            "was replaced by a new incarnation"
+            if known.incarnation != link.other.incarnation
+            else "had given this agent up, and connects again"
+        )
+        await self._drop(known, PeerLost(f"peer {known.name!r} {why}", peer=known.name), "lost", alone=False)
         if known.link is not None:
             known.link.abort()
+        # It may have been on its way out already.
+        await self._gone(known.name)
         return True
 
+    async def _gone(self, name: str) -> None:
+        """Wait until backends have let go of a peer that was forgotten."""
+        while (going := self._going.get(name)) is not None:
+            await asyncio.shield(going)
+
     async def _join(self, link: Link, announcement: Announcement, regions: dict[str, RemoteRegion]) -> None:
-        # One at a time for each name: two connections of one peer must not both find it absent.
-        lock = self._joining.setdefault(announcement.name, asyncio.Lock())
-        async with lock:
+        if link.closed or (link in self._rejoins and not await self._confirmed(link)):
+            return
+        async with self._alone(announcement.name):
             await self._join_alone(link, announcement, regions)
-        if not lock.locked():
-            self._joining.pop(announcement.name, None)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[None]:
+        """Let one at a time come by a name: two connections of one peer must not both find it absent."""
+        turns = self._joining.setdefault(name, _Turns())
+        turns.users += 1
+        try:
+            async with turns.lock:
+                yield
+        finally:
+            turns.users -= 1
+            if not turns.users:
+                del self._joining[name]
 
     async def _join_alone(self, link: Link, announcement: Announcement, regions: dict[str, RemoteRegion]) -> None:
+        who = announcement.name, announcement.incarnation
+        if link.our_loss != self._losses.number(*who) or any(one.their_loss > link.their_loss for one in self._siblings(link)):
+            # One side has lost the other since they told each other of themselves here.
+            link.fail(PeerLost(f"peer {announcement.name!r} was lost while it joined", peer=announcement.name, retryable=True))
+            return
         known = self.peers.get(announcement.name)
         if known is not None and known.incarnation == announcement.incarnation and known.link is not None:
             # Both sides dialled at once: both keep the link that the agent with the smaller name began.
             old = known.link
+            self._hear_again(known, announcement)
             if not old.closed and self._initiator(old) < self._initiator(link):
                 self._yield_to(link, known)
                 return
@@ -778,8 +906,7 @@ class Membership:
             return
         if known is not None and not await self._give_way(known, link):
             return
-        while (going := self._going.get(announcement.name)) is not None:
-            await asyncio.shield(going)
+        await self._gone(announcement.name)
         peer = Peer(announcement.name, announcement.incarnation, regions, link=link, checksums=announcement.checksums)
         try:
             await self._connect_backends(peer, announcement, link.host)
@@ -787,6 +914,7 @@ class Membership:
             link.fail(error)
         if link.closed or self._closing:
             await self._disconnect_backends(peer)
+            self._losses.add(peer.name, peer.incarnation)
             link.close()
             return
         self._admit(peer, announcement)
@@ -795,6 +923,12 @@ class Membership:
             link.unhold()
         except NixlError as error:
             link.fail(error)
+
+    @staticmethod
+    def _hear_again(known: Peer, announcement: Announcement) -> None:
+        """Take note of how a peer's backends are reached as it tells of them last: what let us in before may not do so any more."""
+        for backend, info in known.infos.items():
+            known.infos[backend] = replace(info, description=announcement.descriptions.get(backend, info.description))
 
     def _initiator(self, link: Link) -> str:
         return self._name if link.connecting else link.other.name
@@ -855,13 +989,16 @@ class Membership:
 
     async def _ask(self, link: Link, kind: FrameType, **fields: str) -> str | None:
         """Send a question and wait for its answer, or for the link's end, which is `None`."""
+        return await self._question(link, kind, **fields)
+
+    def _question(self, link: Link, kind: FrameType, **fields: str | int) -> asyncio.Future[str | None]:
         self._next_id += 1
         future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._answers[link, self._next_id] = future
         link.send(encode_json(kind, {"id": self._next_id, **fields}))
         if link.closed:
             self._answer(link, self._next_id, None)
-        return await future
+        return future
 
     def _answer(self, link: Link, number: int, answer: str | None = "") -> None:
         future = self._answers.pop((link, number), None)
@@ -897,7 +1034,7 @@ class Membership:
 
     async def _left(self, link: Link, peer: Peer, number: int) -> None:
         link.leaving = True
-        await self._drop(peer, PeerLost(f"peer {peer.name!r} left", peer=peer.name), "left")
+        await self._drop(peer, PeerLost(f"peer {peer.name!r} left", peer=peer.name), "left", alone=False)
         link.send(encode_json(FrameType.LEFT, {"id": number}))
 
     async def _part(self, peer: Peer) -> None:
@@ -918,12 +1055,17 @@ class Membership:
             logger.warning("peer %s did not confirm within %g s that it is quiet", link.other.name, LEAVE_SECONDS)
         link.close()
 
-    async def _drop(self, peer: Peer, error: PeerLost, kind: str) -> None:
-        """Forget a peer: fail its transfers, wait until they are quiet, tell the backends and whoever listens."""
+    async def _drop(self, peer: Peer, error: PeerLost, kind: str, *, alone: bool = True) -> None:
+        """Forget a peer: fail its transfers, wait until they are quiet, tell the backends and whoever listens.
+
+        `alone`: that life of it may not know that it is over.
+        """
         if self.peers.get(peer.name) is not peer:
             return
         del self.peers[peer.name]
         self._snapshot = None
+        if alone and peer.link is not None:
+            self._losses.add(peer.name, peer.incarnation)
         peer.gone = str(error)
         self._tell_replaced(peer)
         for region in peer.regions.values():

@@ -20,13 +20,12 @@ from typing import NamedTuple, TypeAlias
 
 from nixl_async.backend import Limits, Op
 from nixl_async.descriptors import Plan, concatenate
-from nixl_async.errors import BackendError, PeerLost, Quarantined, TransferError
+from nixl_async.errors import PeerLost, Quarantined, TransferError
 from nixl_async.outages import Outage, Outages
 from nixl_async.queues import BackendQueue, ClassQueue, Lane, Part, Peer, leave, read_shares
+from nixl_async.repeating import Repeat, repeats
 from nixl_async.transfer import TrafficClass, TransferEvent, TransferRecord, TransferState
 
-MAX_RETRIES = 3
-"""How often what fails is sent again by one route before bytes of its transfer have arrived."""
 BACKOFF_SECONDS = 0.01
 """How long the first retry waits on average; each one after it waits twice as long as the one before."""
 STRANDED_SECONDS = 5.0
@@ -398,27 +397,28 @@ class Scheduler:
     ) -> None:
         if backend not in record.tried:
             record.tried = (*record.tried, backend)
-        if isinstance(error, PeerLost):
-            # The route may come back, and fail again: that must end some time.
-            if record.retries < MAX_RETRIES + len(record.routes):
-                record.retries += 1
-                self._again(record, start, plan, now, error)
-                return
-        elif isinstance(error, TransferError) and error.retryable and record.retries < MAX_RETRIES:
-            delay = BACKOFF_SECONDS * 2**record.retries * (0.5 + self._chance())
-            if record.deadline is None or now + delay <= record.deadline:
-                record.retries += 1
-                record.resent += 1
-                self.retries += 1
-                heapq.heappush(self._retries, (now + delay, next(self._sequence), record, start, plan))
-                return
-        if len(record.routes) > 1 and isinstance(error, BackendError):
-            if record.routes[0] == backend:
-                record.routes = record.routes[1:]
-                self.failovers += 1
-            record.resent += 1
-            self._requeue(record, [(start, plan)], now)
-            return
+        for way in repeats(error, len(record.routes), record.retries):
+            match way:
+                case Repeat.CONNECTED if isinstance(error, PeerLost):
+                    record.retries += 1
+                    self._again(record, start, plan, now, error)
+                    return
+                case Repeat.LATER:
+                    delay = BACKOFF_SECONDS * 2**record.retries * (0.5 + self._chance())
+                    if record.deadline is not None and now + delay > record.deadline:
+                        continue
+                    record.retries += 1
+                    record.resent += 1
+                    self.retries += 1
+                    heapq.heappush(self._retries, (now + delay, next(self._sequence), record, start, plan))
+                    return
+                case Repeat.ELSEWHERE:
+                    if record.routes[0] == backend:
+                        record.routes = record.routes[1:]
+                        self.failovers += 1
+                    record.resent += 1
+                    self._requeue(record, [(start, plan)], now)
+                    return
         self._give_up(record, error, now)
 
     def _again(self, record: TransferRecord, start: int, plan: Plan, now: float, error: PeerLost) -> None:

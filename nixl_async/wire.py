@@ -85,6 +85,9 @@ class FrameType(enum.IntEnum):
     """JSON: `ids` of leases that have ended; answered by a QUIET for each once no transfer of the receiver touches its region."""
     QUIET = 25
     """JSON: `ids`; no transfer of the sender touches those regions any more, and none will."""
+    REJOIN = 26
+    """JSON: `id` and `number`; before METADATA: the sender had given up the receiver in this life of both, as its loss of that
+    number. Answered by FENCED when nothing is written any more that was sent on the connections before."""
 
 
 _MAX_NBYTES = {

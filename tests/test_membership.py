@@ -320,6 +320,27 @@ async def test_backends_let_go_of_a_region_before_its_owner_does() -> None:
         assert keeping.forgotten == [("first", 0), ("second", 0)]
 
 
+async def test_who_comes_by_one_name_comes_one_at_a_time() -> None:
+    async with Agent("a", token=TOKEN, backends=["memory"]) as a:
+        members, at_once = a._membership, [0]
+
+        async def come(turns: int) -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            async with members._alone("b"):
+                at_once[0] += 1
+                for _ in range(3):
+                    assert at_once == [1]
+                    await asyncio.sleep(0)
+                at_once[0] -= 1
+
+        tasks = [asyncio.create_task(come(turns)) for turns in range(12)]
+        tasks[5].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert [task.exception() for task in tasks if not task.cancelled()] == [None] * 11
+        assert members._joining == {}
+
+
 # Fences.
 
 

@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nixl_async.backend import Limits, Op
 from nixl_async.errors import AccessError, BackendError, IntegrityError, PeerLost, Quarantined, TransferError
 from nixl_async.queues import BATCH_NBYTES, BATCH_PARTS
+from nixl_async.repeating import MAX_RETRIES
 from nixl_async.scheduler import (
     BACKOFF_SECONDS,
-    MAX_RETRIES,
     STRANDED_SECONDS,
     VERIFY_DRAIN_SECONDS,
     Action,

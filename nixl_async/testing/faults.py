@@ -290,6 +290,10 @@ class FaultyBackend(Backend):
         """Send through the inner backend."""
         await self.inner.send_notification(peer, payload)
 
+    async def fence(self, peer: PeerInfo, mark: bytes) -> None:
+        """Let the inner backend fence."""
+        await self.inner.fence(peer, mark)
+
     async def forget(self, region: RemoteRegion) -> None:
         """Let the inner backend forget."""
         await self.inner.forget(region)

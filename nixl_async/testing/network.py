@@ -88,12 +88,14 @@ class Network:
         try:
             await self._deliver(wire)
         finally:
+            # Before anything is waited for: this may be cancelled here once more.
             for one in tasks:
                 one.cancel()
-            await asyncio.wait(tasks)
             server.transport.abort()
             writer.transport.abort()
             self._wires.remove(wire)
+            await asyncio.wait(tasks)
+            await asyncio.gather(server.wait_closed(), writer.wait_closed(), return_exceptions=True)
 
     async def _take(self, reader: asyncio.StreamReader, wire: _Wire) -> None:
         with contextlib.suppress(OSError):

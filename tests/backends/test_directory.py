@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -180,6 +181,44 @@ async def test_a_full_file_system_fails_what_does_not_fit(agent: Agent, tmp_path
         assert everything(mount) == ["a"]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"direct": True}], ids=["buffered", "direct"])
+@pytest.mark.parametrize(("n_threads", "left"), [(2, 48), (1, 5)])
+async def test_few_descriptors_are_enough(tmp_path: Path, n_threads: int, left: int, options: dict[str, Any]) -> None:
+    n, page = 300, 4096
+    backend = DirectoryBackend(n_threads=n_threads)
+    async with Agent("directory", backends=[backend, "memory"]) as agent:
+        store = await agent.store(f"file://{tmp_path}", **options)
+        source, target = pattern(n * page, 1), np.zeros(n * page, np.uint8)
+        here, back = await agent.register(source), await agent.register(target)
+        keys = [f"k{number}" for number in range(n)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = max(map(int, os.listdir("/proc/self/fd"))) + 1
+        try:
+            # What the threads use of their own is opened before.
+            await agent.transfer(here[0:page], store.object(keys[0], page))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + left, hard))
+            await agent.transfer(here.pages(np.arange(n), page), store.objects(keys, page))
+            await agent.transfer(store.objects(keys, page), back.pages(np.arange(n), page))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert_same(target, source)
+        assert everything(tmp_path) == sorted(keys)
+
+
+async def test_no_descriptor_at_all_is_an_error_that_says_so(agent: Agent, tmp_path: Path) -> None:
+    store = await agent.store(f"file://{tmp_path}")
+    here = await agent.register(pattern(64, 1))
+    await agent.transfer(here, store.object("k", 64))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+    try:
+        with pytest.raises(BackendError, match="RLIMIT_NOFILE allows 1 descriptors") as raised:
+            await agent.transfer(store.object("k", 64), here)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "opening" in str(raised.value)
 
 
 async def test_what_is_no_directory(agent: Agent, tmp_path: Path) -> None:

@@ -125,6 +125,29 @@ async def test_a_peer_that_left_is_let_in_no_more() -> None:
         assert kept.withdrawn
 
 
+async def test_a_fence_without_a_mark_closes_what_one_life_of_one_peer_has_opened_and_nothing_else() -> None:
+    async with (
+        two_agents(backends=["tcp"]) as (a, b, _),
+        Agent("c", token=TOKEN, backends=["tcp"]) as c,
+    ):
+        await connect(c, b)
+        here, there = await a.register(np.ones(64, np.uint8)), await b.register(np.zeros(64, np.uint8), name="kv")
+        await known(a, a.peers["b"], "kv")
+        tcp = b._backends["tcp"]
+        await tcp.fence(PeerInfo("a", "another life", b""), b"")
+        await tcp.fence(PeerInfo("", "", b""), b"")
+        await a.transfer(here, a.peers["b"].region("kv"))
+        assert a.statistics().routes_lost == 0
+        await tcp.fence(PeerInfo("a", a.incarnation, b""), b"")
+        async with asyncio.timeout(10):
+            while a.statistics().routes_lost == 0:
+                await asyncio.sleep(0)
+            # It is let in again with what it was told.
+            await a.transfer(here, a.peers["b"].region("kv"))
+        assert c.statistics().routes_lost == b.statistics().routes_lost == 0
+        await there.aclose()
+
+
 async def test_the_published_metadata_lets_nobody_in() -> None:
     async with two_agents(backends=["tcp"]) as (_, b, _):
         assert "token" not in json.loads(b._backends["tcp"].describe())
