@@ -57,6 +57,12 @@ TESTED_ELSEWHERE = {
     "nixl_async/benchmarks/kv/profiling.py": "tests/benchmarks/kv/test_running.py",
     "nixl_async/benchmarks/kv/traffic.py": "tests/benchmarks/kv/test_running.py",
     "nixl_async/benchmarks/kv/worker.py": "tests/benchmarks/kv/test_processes.py",
+    "nixl_async/benchmarks/serve/__init__.py": "tests/benchmarks/serve/test_run.py",
+    "nixl_async/benchmarks/serve/command.py": "tests/benchmarks/serve/test_options.py",
+    "nixl_async/benchmarks/serve/fleet.py": "tests/benchmarks/serve/test_leg.py",
+    "nixl_async/benchmarks/serve/prefill.py": "tests/benchmarks/serve/test_leg.py",
+    "nixl_async/benchmarks/serve/side.py": "tests/benchmarks/serve/test_leg.py",
+    "nixl_async/benchmarks/serve/worker.py": "tests/benchmarks/serve/test_leg.py",
 }
 
 
@@ -66,7 +72,7 @@ def _test_of(source: Path) -> str:
         if text.startswith(start):
             return test
     room = "tests/backends" if text.startswith("backends/") else "tests"
-    for name in ("benchmarks", "benchmarks/kv", "discovery", "doctor", "http", "layers", "tiers"):
+    for name in ("benchmarks", "benchmarks/kv", "benchmarks/serve", "discovery", "doctor", "http", "layers", "tiers"):
         room = f"tests/{name}" if text.startswith(f"nixl_async/{name}/") else room
     return f"{room}/test_{source.stem}.py"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nixl_async.benchmarks.kv.cli import app as kv
+from nixl_async.benchmarks.serve.command import serve
 from nixl_async.benchmarks.transfer.command import transfer
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(kv, name="kv")
 # NIXLBench writes its options with underscores.
 app.command("transfer", context_settings={"token_normalize_func": lambda text: text.replace("_", "-")})(transfer)
+app.command("serve")(serve)
 PROGRAM = "nixl-async bench"
 WIDTH_WITHOUT_TERMINAL = 160
 NAMED = 3
@@ -48,6 +50,7 @@ class Name(enum.Enum):
     LATENCY_P99 = "latency-p99"
     CPU = "cpu"
     LOOP_STALL = "loop-stall"
+    FIGURES = "figures"
 
 
 @app.callback()

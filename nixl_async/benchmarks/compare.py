@@ -44,12 +44,15 @@ def _quantile(share: float, least: int = 1) -> Callable[[Row], tuple[float, ...]
     return samples
 
 
+FIGURES = Metric("figures", "", True, "more", "less", lambda row: ())
+"""Stands for all of `Row.figures` that both have, each by its own name."""
 METRICS = (
     Metric("throughput", "GB/s", True, "faster", SLOWER, lambda row: row.throughput),
     Metric("latency-p50", "s", False, "faster", SLOWER, _quantile(0.5)),
     Metric("latency-p99", "s", False, "faster", SLOWER, _quantile(0.99, TAIL)),
     Metric("cpu", "s/GB", False, "less", "more", lambda row: row.cpu_seconds_per_gb),
     Metric("loop-stall", "s", False, "shorter", "longer", lambda row: row.loop_stall_p999),
+    FIGURES,
 )
 
 
@@ -149,6 +152,12 @@ def _rows(first: Row, second: Row, metrics: Sequence[Metric], confidence: float)
         a, b = metric.samples(first), metric.samples(second)
         if a and b:
             yield _compare(first, metric, a, b, confidence)
+    if any(metric is FIGURES for metric in metrics):
+        for name in [name for name in first.figures if name in second.figures]:
+            mine, other = first.figures[name], second.figures[name]
+            better, worse = ("more", "less") if mine.more_is_better else ("less", "more")
+            metric = Metric(name, mine.unit, mine.more_is_better, better, worse, lambda row: ())
+            yield _compare(first, metric, mine.values, other.values, confidence)
 
 
 def _compare(row: Row, metric: Metric, a: tuple[float, ...], b: tuple[float, ...], confidence: float) -> Comparison:

@@ -6,9 +6,11 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, TypeAlias
 
 import plotly.graph_objects as graphs
+from plotly.subplots import make_subplots
 
 from nixl_async.benchmarks.compare import describe, size
 from nixl_async.benchmarks.results import Histogram, Latencies, Row, Timeline
@@ -18,6 +20,8 @@ Figure: TypeAlias = Any
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_PANELS = 4
+"""Panels side by side."""
 _POINTS = 400
 """Points of a distribution's curve: more do not show."""
 
@@ -100,7 +104,7 @@ def distribution(title: str, curves: Iterable[Curve]) -> Figure | None:
         return None
     _style(figure, title)
     figure.update_xaxes(type="log", title="latency, s", exponentformat="SI", ticksuffix="s")
-    figure.update_yaxes(title="share of transfers", tickformat=".0%", range=[0, 1.02])
+    figure.update_yaxes(title="share of all", tickformat=".0%", range=[0, 1.02])
     return figure
 
 
@@ -140,6 +144,43 @@ def roofline(title: str, curves: Sequence[Curve]) -> Figure | None:
             )
         )
     figure = _sized(figure, title, "GB/s", logarithmic=True)
+    return figure
+
+
+def others(title: str, curves: Sequence[Curve]) -> Figure | None:
+    """Draw the figures that have no field of their own, a panel each: medians, with the least and the most of all repetitions."""
+    rows = [(curve, row) for curve in curves for row in curve.rows if row.figures]
+    names = list(dict.fromkeys(name for _, row in rows for name in row.figures))
+    if not names:
+        return None
+    titles = [escape(name.replace("_", " "), quote=False) for name in names]
+    lines = -(-len(names) // _PANELS)
+    figure = make_subplots(rows=lines, cols=min(_PANELS, len(names)), subplot_titles=titles)
+    for place, name in enumerate(names):
+        line, column = divmod(place, _PANELS)
+        for curve, row in rows:
+            if (found := row.figures.get(name)) is None:
+                continue
+            median = statistics.median(found.values)
+            bar = graphs.Bar(
+                x=[curve.name],
+                y=[median],
+                name=curve.name,
+                marker={"color": curve.colour},
+                showlegend=False,
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [max(found.values) - median],
+                    "arrayminus": [median - min(found.values)],
+                    "thickness": 1,
+                },
+                hovertemplate="%{y:.4g} " + found.unit.replace("%", "") + f" ({len(found.values)} repetitions)",
+            )
+            figure.add_trace(bar, row=line + 1, col=column + 1)
+    _style(figure, title)
+    figure.update_layout(height=90 + 300 * lines, margin={"t": 90, "b": 60})
+    figure.update_yaxes(rangemode="tozero")
     return figure
 
 

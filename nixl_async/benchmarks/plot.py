@@ -14,6 +14,8 @@ from nixl_async.benchmarks.compare import describe
 from nixl_async.benchmarks.results import Results, ResultsError, Row
 from nixl_async.errors import MissingDependency
 
+_OTHERS = 9
+"""The column of figures that few rows have."""
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>
@@ -73,6 +75,10 @@ def make_report(results: Mapping[str, Results]) -> str:
         _section("CPU", "All processes that took part.", groups, figures.cpu),
         _section("Loop stall", "99.9th percentile of how late the event loop woke.", groups, figures.stalls),
     ]
+    panels = [figure for name, curves in groups.items() if (figure := figures.others(_plain(name), curves)) is not None]
+    if panels:
+        text = "Medians of the repetitions; bars from the least to the most."
+        sections.append(_figures("Other figures", text, [_html(one) for one in panels], "figures wide"))
     drawn = [_html(figures.timeline(one)) for one_file in results.values() for one in one_file.timelines]
     if drawn:
         sections.append(_figures("Timelines", "", drawn, "figures wide"))
@@ -115,20 +121,24 @@ def _system(name: str, results: Results) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    names = ("contender", "case", "GB/s", "of the raw limit", "p50", "p99", "CPU s/GB", "loop stall p99.9", "repetitions")
+    names = ["contender", "case", "GB/s", "of the raw limit", "p50", "p99", "CPU s/GB", "loop stall p99.9", "repetitions"]
+    names += ["other figures"] if any(row.figures for row in rows) else []
     head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(_row(row) for row in rows)
+    body = "".join(_row(row, len(names) > _OTHERS) for row in rows)
     return f"<h2>Every row</h2><p>Medians of the repetitions.</p><table><tr>{head}</tr>{body}</table>"
 
 
-def _row(row: Row) -> str:
+def _row(row: Row, others_too: bool) -> str:
     p50, p99 = (tuple(one.quantile(share) for one in row.latencies) for share in (0.5, 0.99))
     share = "-" if row.share_of_raw is None else f"{row.share_of_raw:.0%}"
-    count = max(len(row.throughput), len(row.latencies), len(row.cpu_seconds_per_gb), len(row.loop_stall_p999))
+    others = [len(one.values) for one in row.figures.values()]
+    count = max(len(row.throughput), len(row.latencies), len(row.cpu_seconds_per_gb), len(row.loop_stall_p999), *others)
     numbers = [_median(row.throughput), share, _time(p50), _time(p99)]
     numbers += [_median(row.cpu_seconds_per_gb), _time(row.loop_stall_p999), str(count)]
     words = "".join(f"<td>{escape(text)}</td>" for text in (row.contender, describe(row.case)))
-    return f"<tr>{words}" + "".join(f'<td class="n">{text}</td>' for text in numbers) + "</tr>"
+    said = ", ".join(f"{name} {_median(one.values)} {one.unit}".strip() for name, one in row.figures.items())
+    last = f"<td>{escape(said) or '-'}</td>" if others_too else ""
+    return f"<tr>{words}" + "".join(f'<td class="n">{text}</td>' for text in numbers) + f"{last}</tr>"
 
 
 def _median(samples: tuple[float, ...]) -> str:

@@ -23,6 +23,7 @@
           "cpu_seconds_per_gb": [0.11, 0.1],          CPU seconds of all processes that took part, one number a repetition
           "loop_stall_p999": [4e-4, 5e-4],            seconds: 99.9th percentile of how late the event loop woke, one a repetition
           "phases": {"post": {"mean": [1e-6, 1e-6], "p99": [2e-6, 2e-6]}, …},   seconds of a transfer's parts, one a repetition
+          "figures": {"goodput": {"unit": "requests/s", "more_is_better": true, "values": [3.1, 3.2]}, …},   what else there is
           "raw": {"label": "memcpy", "throughput": [10.2, 10.1]},     the limit of this machine for this row
           "share_of_raw": 0.91                        written for readers, worked out again when read
         }
@@ -33,8 +34,8 @@
     }
 
 A histogram is `{"bounds": [b0, b1, …, bn], "counts": [c1, …, cn]}`: `c1` latencies lie in [b0, b1), in seconds, bounds rising.
-Left out means not measured: `throughput`, `latencies`, `cpu_seconds_per_gb`, `loop_stall_p999`, `phases`, `raw`, `timelines`
-and `parameters` may be; what identifies a row may not. Two rows of one file may not be of the same contender and case.
+Left out means not measured: `throughput`, `latencies`, `cpu_seconds_per_gb`, `loop_stall_p999`, `phases`, `figures`, `raw`,
+`timelines` and `parameters` may be; what identifies a row may not. Two rows of one file may not be of the same contender and case.
 A repetition is what is independent of the others: statistics over repetitions, never over single latencies, are what is compared.
 """
 
@@ -115,12 +116,36 @@ class Latencies:
         return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+MOST_LATENCIES = 2000
+"""More latencies of a repetition than this are written as a histogram."""
+_BINS_PER_DECADE = 40
+_LEAST_SECONDS = 1e-9
+
+
+def condensed(seconds: Sequence[float]) -> Latencies | Histogram:
+    """Keep latencies as they are, or as a histogram if there are more than `MOST_LATENCIES`."""
+    if len(seconds) <= MOST_LATENCIES:
+        return Latencies(tuple(seconds))
+    low, high = (math.log10(max(one, _LEAST_SECONDS)) * _BINS_PER_DECADE for one in (min(seconds), max(seconds)))
+    bounds = tuple(10.0 ** (edge / _BINS_PER_DECADE) for edge in range(math.floor(low), math.ceil(high) + 2))
+    return Histogram.of(seconds, bounds)
+
+
 @dataclass(frozen=True, slots=True)
 class Raw:
     """The limit of the machine for a row: what the same bytes take without any library, in GB/s, one number a repetition."""
 
     label: str
     throughput: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A figure that has no field of its own, one number a repetition, its unit, and whether more of it is better."""
+
+    unit: str
+    values: tuple[float, ...]
+    more_is_better: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +170,7 @@ class Row:
     loop_stall_p999: tuple[float, ...] = ()
     raw: Raw | None = None
     phases: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    figures: Mapping[str, Figures] = field(default_factory=dict)
 
     @property
     def case(self) -> tuple[Scalar, ...]:
@@ -171,6 +197,11 @@ class Row:
             made["latencies"] = [_latencies(one) for one in self.latencies]
         if self.phases:
             made["phases"] = {name: {key: list(each) for key, each in phase.items()} for name, phase in self.phases.items()}
+        if self.figures:
+            made["figures"] = {
+                name: {"unit": one.unit, "more_is_better": one.more_is_better, "values": list(one.values)}
+                for name, one in self.figures.items()
+            }
         if self.raw is not None:
             made["raw"] = {"label": self.raw.label, "throughput": list(self.raw.throughput)}
         if (share := self.share_of_raw) is not None:
@@ -299,7 +330,7 @@ def parse(found: Any, name: str = "results") -> Results:
 def _row(at: _At) -> Row:
     at.keys(
         required=(*_IDENTITY, "block_nbytes", "batch_nbytes"),
-        optional=("parameters", *_SERIES, "latencies", "phases", "raw", "share_of_raw"),
+        optional=("parameters", *_SERIES, "latencies", "phases", "figures", "raw", "share_of_raw"),
     )
     made: dict[str, Any] = {name: at[name].text() for name in _IDENTITY}
     made |= {name: at[name].count() for name in ("block_nbytes", "batch_nbytes")}
@@ -317,11 +348,23 @@ def _row(at: _At) -> Row:
         if not isinstance(at["phases"].value, dict):
             at["phases"].refuse("an object")
         made["phases"] = {name: _phase(at["phases"][name]) for name in at["phases"].value}
+    if "figures" in at.value:
+        if not isinstance(at["figures"].value, dict):
+            at["figures"].refuse("an object")
+        made["figures"] = {name: _figures(at["figures"][name]) for name in at["figures"].value}
     if "latencies" in at.value:
         made["latencies"] = tuple(_quantiles(one) for one in at["latencies"].items())
-    if not any(made.get(name) for name in (*_SERIES, "latencies")):
-        at.refuse(f"at least one of {', '.join((*_SERIES, 'latencies'))}", "a row that measures nothing")
+    if not any(made.get(name) for name in (*_SERIES, "latencies", "figures")):
+        at.refuse(f"at least one of {', '.join((*_SERIES, 'latencies', 'figures'))}", "a row that measures nothing")
     return Row(**made)
+
+
+def _figures(at: _At) -> Figures:
+    at.keys(required=("unit", "more_is_better", "values"))
+    better = at["more_is_better"]
+    if not isinstance(better.value, bool):
+        better.refuse("true or false")
+    return Figures(at["unit"].text(), at["values"].series(), bool(better.value))
 
 
 def _phase(at: _At) -> dict[str, tuple[float, ...]]:

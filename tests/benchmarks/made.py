@@ -7,7 +7,7 @@ import numpy as np
 # It keeps a thread for good from its first import on: not within a test.
 import scipy.stats  # noqa: F401
 
-from nixl_async.benchmarks.results import Histogram, Latencies, Raw, Results, Row, Span, Timeline
+from nixl_async.benchmarks.results import Figures, Histogram, Latencies, Raw, Results, Row, Span, Timeline
 
 SYSTEM = {"cpu": "CPU", "cores": 2, "kernel": "6.8", "versions": {"python": "3.12"}}
 
@@ -31,7 +31,7 @@ def made() -> Results:
             loop_stall_p999=(0.001,),
             raw=Raw("memcpy", (10.0, 10.0)),
         ),
-        Row("NIXL", "write", 65536, 1 << 26, throughput=(4.0, 4.5)),
+        Row("NIXL", "write", 65536, 1 << 26, throughput=(4.0, 4.5), figures={"goodput": Figures("requests/s", (3.0, 3.5))}),
     )
     return Results(
         ("bench", "transfer"), SYSTEM, rows, (Timeline("t", (Span("a", "b", 0.0, 1.0),)),), "2026-01-31T12:00:00+00:00"

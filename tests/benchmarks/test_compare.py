@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nixl_async.benchmarks.compare import LEAST, METRICS, compare, describe, ratio_interval, size
-from nixl_async.benchmarks.results import Histogram, Latencies, Results, Row
+from nixl_async.benchmarks.results import Figures, Histogram, Latencies, Results, Row
 from nixl_async.errors import ConfigurationError
 from tests.benchmarks.made import SYSTEM, rates
 
@@ -101,3 +101,19 @@ def test_cases_and_sizes_are_written_for_people() -> None:
     row = Row("a", "write", 65536, 1 << 26, "pairwise", "tcp", "DRAM", "VRAM", {"threads": 2})
     assert describe(row.case) == "write, pairwise, tcp, DRAM → VRAM, 64 KiB of 64 MiB, threads=2"
     assert [size(n) for n in (0, 1000, 1024, 3 << 20, 1 << 30)] == ["0 B", "1000 B", "1 KiB", "3 MiB", "1 GiB"]
+
+
+def test_figures_without_a_field_are_compared_by_their_names() -> None:
+    def run(goodput: float, misses: float) -> Results:
+        found = {
+            "goodput": Figures("requests/s", tuple(goodput + 0.01 * place for place in range(9))),
+            "misses": Figures("", tuple(misses + 0.01 * place for place in range(9)), more_is_better=False),
+        }
+        return Results(("bench",), SYSTEM, (Row("a", "requests", 0, 0, figures=found),), started="2026-01-31")
+
+    found = {one.metric: one for one in compare(run(4.0, 1.0), run(8.0, 2.0)).comparisons}
+    assert (found["goodput"].verdict, found["goodput"].unit, found["goodput"].worse) == ("more", "requests/s", False)
+    assert found["goodput"].ratio == pytest.approx(8.04 / 4.04)
+    assert (found["misses"].verdict, found["misses"].worse) == ("more", True)
+    assert found["misses"].ratio == pytest.approx(1.04 / 2.04)
+    assert not compare(run(4.0, 1.0), run(8.0, 2.0), metrics=METRICS[:1]).comparisons

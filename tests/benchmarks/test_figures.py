@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nixl_async.benchmarks import figures
-from nixl_async.benchmarks.results import Histogram, Latencies, Raw, Row, Span, Timeline
+from nixl_async.benchmarks.results import Figures, Histogram, Latencies, Raw, Row, Span, Timeline
 from tests.benchmarks.made import rates
 
 
@@ -86,3 +86,15 @@ def test_a_timeline_has_a_line_for_each_lane() -> None:
 def test_a_size_that_is_not_known_is_no_logarithm() -> None:
     figure = figures.throughput("t", figures.groups([row("a", 0)])["write"])
     assert figure.layout.xaxis.type == "linear"
+
+
+def test_other_figures_have_a_panel_each() -> None:
+    few = {"goodput": Figures("requests/s", (3.0, 5.0, 4.0)), "hits <b>": Figures("", (0.5,), more_is_better=False)}
+    rows = [Row("a", "requests", 0, 0, figures=few), Row("b", "requests", 0, 0, figures={"goodput": few["goodput"]})]
+    ((title, curves),) = figures.groups(rows).items()
+    figure = figures.others(title, curves)
+    assert figure is not None
+    found = [(bar.name, bar.y[0], bar.xaxis, bar.error_y.array[0], bar.error_y.arrayminus[0]) for bar in figure.data]
+    assert found == [("a", 4.0, "x", 1.0, 1.0), ("b", 4.0, "x", 1.0, 1.0), ("a", 0.5, "x2", 0.0, 0.0)]
+    assert [one.text for one in figure.layout.annotations] == ["goodput", "hits &lt;b&gt;"]
+    assert figures.others("none", figures.groups(list(rates().rows))["write"]) is None

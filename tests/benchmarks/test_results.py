@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nixl_async.benchmarks.results import (
+    MOST_LATENCIES,
     SCHEMA,
     Histogram,
     Latencies,
@@ -23,6 +24,7 @@ from nixl_async.benchmarks.results import (
     Row,
     Span,
     Timeline,
+    condensed,
     load,
     parse,
 )
@@ -178,3 +180,17 @@ def test_spans_may_begin_before_the_clock() -> None:
     timeline = Timeline("t", (Span("a", "b", -1.0, 0.5),))
     whole = Results(("x",), SYSTEM, made().rows, (timeline,)).as_dict()
     assert parse(whole).timelines == (timeline,)
+
+
+def test_many_latencies_become_a_histogram() -> None:
+    few = [0.001, 0.002]
+    assert condensed(few) == Latencies((0.001, 0.002))
+    rising = [1e-3 * 1.001**number for number in range(MOST_LATENCIES + 1)]
+    found = condensed(rising)
+    assert isinstance(found, Histogram)
+    assert len(found) == len(rising)
+    assert found.bounds[0] <= rising[0]
+    assert rising[-1] < found.bounds[-1]
+    # A bin is 10 ** (1 / 40), 6 %, wide.
+    assert found.quantile(0.5) == pytest.approx(Latencies(tuple(rising)).quantile(0.5), rel=0.06)
+    assert len(condensed([0.0] * (MOST_LATENCIES + 1))) == MOST_LATENCIES + 1

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nixl_async.benchmarks.options import Format
 from nixl_async.benchmarks.transfer.command import transfer
-from nixl_async.benchmarks.transfer.options import Format, Location, Op, Options, Scheme, Segment, Versus, flows, make
+from nixl_async.benchmarks.transfer.options import Location, Op, Options, Scheme, Segment, Versus, flows, make
 from nixl_async.benchmarks.transfer.peers.plain import Flow, need
 from nixl_async.errors import ConfigurationError
 

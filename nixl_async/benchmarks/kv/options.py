@@ -8,7 +8,7 @@ import glob
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nixl_async.benchmarks.kv.layouts import Layout
     from nixl_async.benchmarks.kv.models import Model
 
+T = TypeVar("T")
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -130,10 +131,10 @@ def refusing() -> Iterator[None]:
         raise failure(str(error), FAILED) from None
 
 
-def run(work: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
+def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine; Ctrl-C and SIGTERM cancel it, and end the program when it has cleaned up."""
 
-    async def guarded() -> dict[str, Any]:
+    async def guarded() -> T:
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(work())
         for number in (signal.SIGINT, signal.SIGTERM):

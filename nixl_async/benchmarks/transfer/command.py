@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from nixl_async.benchmarks.options import Format, given
 from nixl_async.benchmarks.transfer.options import (
-    Format,
     Location,
     Op,
     Options,
@@ -120,7 +120,7 @@ def transfer(
     from nixl_async.benchmarks.transfer.run import Interrupted, run
 
     try:
-        options = make(_given(context), config_file)
+        options = make(given(context), config_file)
     except ConfigurationError as error:
         raise _fail(str(error), WRONG) from None
     try:
@@ -131,16 +131,6 @@ def transfer(
         raise _fail(str(error), WRONG) from None
     except NixlError as error:
         raise _fail(str(error), FAILED) from None
-
-
-def _given(context: typer.Context) -> dict[str, Any]:
-    """Return what was said on the command line or by a variable, and not what is default."""
-    given = {}
-    for name, value in context.params.items():
-        source = context.get_parameter_source(name)
-        if name != "config_file" and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
-            given[name] = tuple(value) if name == "versus" else value
-    return given
 
 
 def _fail(text: str, code: int) -> typer.Exit:

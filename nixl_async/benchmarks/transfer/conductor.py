@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nixl_async.benchmarks.options import plain
 from nixl_async.benchmarks.transfer.control import (
     BenchmarkFailed,
     Contender,
@@ -24,7 +25,7 @@ from nixl_async.benchmarks.transfer.control import (
     RemoteLauncher,
     together,
 )
-from nixl_async.benchmarks.transfer.options import Op, Options, Segment, flows, plain, store_options, store_url
+from nixl_async.benchmarks.transfer.options import Op, Options, Segment, flows, store_options, store_url
 from nixl_async.benchmarks.transfer.peers.plain import SERIES, Flow, Point, need
 
 OURS = "nixl_async"

@@ -6,28 +6,19 @@ Names and meanings are NIXLBench's wherever it has the option; underscores and d
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import enum
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from nixl_async.benchmarks.options import Format, Word, flag, plain, read_file, refusal
+from nixl_async.benchmarks.tables import check_format
 from nixl_async.benchmarks.transfer.peers.plain import Flow, Point
 from nixl_async.errors import ConfigurationError
 
 LARGE_BLOCK = 1 << 20
 """Blocks of more bytes than this run `num_iter / large_blk_iter_ftr` iterations."""
 AUTOMATIC = 0
-
-
-class Word(enum.Enum):
-    """A choice that is read whatever its case."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> Any:
-        return next((one for one in cls if str(value).lower() == one.value.lower()), None)
 
 
 class Scheme(Word):
@@ -71,15 +62,6 @@ class Runtime(Word):
     RANKS = "ranks"
     ETCD = "etcd"
     RAY = "ray"
-
-
-class Format(Word):
-    """How results are written."""
-
-    TEXT = "text"
-    JSON = "json"
-    CSV = "csv"
-    PARQUET = "parquet"
 
 
 class Versus(Word):
@@ -162,7 +144,7 @@ class Options:
     world_size: int = 0
     address: str = ""
     ray_address: str = ""
-    versus: tuple[Versus, ...] = ()
+    versus: tuple[Versus, ...] = field(default=(), metadata={"of": Versus})
     nixl_python: str = ""
     mooncake_python: str = ""
     format: Format = Format.TEXT
@@ -211,18 +193,11 @@ class Options:
     def changed(self) -> dict[str, Any]:
         """Return what differs from the defaults, as text, numbers and booleans."""
         found = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default and "secret" not in field.name and "token" not in field.name:
-                found[field.name] = plain(value)
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if value != one.default and "secret" not in one.name and "token" not in one.name:
+                found[one.name] = plain(value)
         return found
-
-
-def plain(value: Any) -> Any:
-    """Return an option's value as text, number or boolean."""
-    if isinstance(value, tuple):
-        return ",".join(str(plain(one)) for one in value)
-    return value.value if isinstance(value, enum.Enum) else value
 
 
 def flows(options: Options) -> list[Flow]:
@@ -249,54 +224,6 @@ def flows(options: Options) -> list[Flow]:
     return [Flow(i, i // ratio, inbound=i % ratio) for i in range(n)]
 
 
-def read_file(path: str) -> dict[str, Any]:
-    """Read options from a TOML file of `name = value` lines.
-
-    Raises:
-        ConfigurationError: it cannot be read, is no TOML, or has a name or a value that is not allowed.
-    """
-    try:
-        with open(path, "rb") as file:
-            found = tomllib.load(file)
-    except OSError as error:
-        raise ConfigurationError(f"--config-file {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--config-file {path} is not TOML: {error}") from None
-    return {name: _value(path, key, found[key]) for key in found if (name := _known(path, key))}
-
-
-def _known(path: str, key: str) -> str:
-    names = _FIELDS
-    name = _ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1, 0.0)[0]
-        raise ConfigurationError(f"{path} has the unknown key {key!r}; the closest that is allowed is {near!r}")
-    return name
-
-
-def _value(path: str, key: str, value: Any) -> Any:
-    kind = _FIELDS[_known(path, key)]
-    if kind is tuple:
-        listed = [one for one in (value.split(",") if isinstance(value, str) else value) if one]
-        return tuple(_choice(path, key, Versus, one) for one in listed)
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return _choice(path, key, kind, value)
-    if kind is str and isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return ",".join(value)
-    if type(value) is not kind:
-        raise ConfigurationError(f"{path}: {key} is {value!r}; it must be of type {kind.__name__}")
-    return value
-
-
-def _choice(path: str, key: str, kind: type[enum.Enum], value: Any) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        allowed = ", ".join(one.value for one in kind)
-        raise ConfigurationError(f"{path}: {key} is {value!r}; allowed are {allowed}") from None
-
-
-_FIELDS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Options)}
 _ALIASES = {"runtime_type": "runtime"}
 
 
@@ -306,7 +233,7 @@ def make(given: Mapping[str, Any], config_file: str = "") -> Options:
     Raises:
         ConfigurationError: something is out of bounds or does not fit; the message names both.
     """
-    chosen = (read_file(config_file) if config_file else {}) | dict(given)
+    chosen = (read_file(config_file, Options, _ALIASES) if config_file else {}) | dict(given)
     return check(Options(**chosen), frozenset(chosen))
 
 
@@ -343,7 +270,7 @@ def check(options: Options, chosen: frozenset[str] = frozenset()) -> Options:
                 options = dataclasses.replace(options, **{most: getattr(options, start)})
                 continue
             if start in chosen:
-                raise _refusal(options, start, f"at most {_flag(most)} ({getattr(options, most)})")
+                raise refusal(options, start, f"at most {flag(most)} ({getattr(options, most)})")
             options = dataclasses.replace(options, **{start: getattr(options, most)})
     _check_scheme(options)
     _check_modes(options)
@@ -353,8 +280,7 @@ def check(options: Options, chosen: frozenset[str] = frozenset()) -> Options:
         raise ConfigurationError(f"--rank is {options.rank} and there is no --world-size; give both")
     for one in options.versus:
         _check_peer(options, one)
-    if options.output == "" and options.format is Format.PARQUET:
-        raise ConfigurationError("--format parquet needs --output FILE: it is no text")
+    check_format(options.format, options.output)
     return options
 
 
@@ -377,10 +303,10 @@ def _check_scheme(options: Options) -> None:
     n, m = options.num_initiator_dev, options.num_target_dev
     scheme = options.scheme
     if options.initiator_seg_type in STORAGE:
-        raise _refusal(options, "initiator_seg_type", "DRAM or VRAM; files and objects are the target's")
+        raise refusal(options, "initiator_seg_type", "DRAM or VRAM; files and objects are the target's")
     if options.storage:
         if scheme is not Scheme.PAIRWISE:
-            raise _refusal(options, "scheme", f"pairwise where the target is {options.target_seg_type.value}")
+            raise refusal(options, "scheme", f"pairwise where the target is {options.target_seg_type.value}")
         return
     what = {
         Scheme.PAIRWISE: (n == m, f"as many targets as initiators; it has {n} and {m}"),
@@ -413,24 +339,24 @@ def _check_storage(options: Options) -> None:
     mode = options.randomize_location_mode
     if mode is Location.BYTE:
         if options.target_seg_type is not Segment.FILE:
-            raise _refusal(options, "randomize_location_mode", "none or blockaligned; bytealigned is for files")
+            raise refusal(options, "randomize_location_mode", "none or blockaligned; bytealigned is for files")
         for other in ("storage_enable_direct", "check_consistency"):
             if getattr(options, other):
                 raise ConfigurationError(
-                    f"--randomize-location-mode bytealigned does not go with {_flag(other)}: give {_flag(other, no=True)}"
+                    f"--randomize-location-mode bytealigned does not go with {flag(other)}: give {flag(other, no=True)}"
                 )
     if options.target_seg_type is not Segment.FILE:
         for name in ("filepath", "filenames", "storage_enable_direct"):
             if getattr(options, name):
-                raise ConfigurationError(f"{_flag(name)} is for files; add --target-seg-type FILE or leave it out")
+                raise ConfigurationError(f"{flag(name)} is for files; add --target-seg-type FILE or leave it out")
     elif options.filepath and not os.path.isdir(options.filepath):
-        raise _refusal(options, "filepath", "a directory that exists")
+        raise refusal(options, "filepath", "a directory that exists")
     if options.target_seg_type is Segment.OBJ and not store_url(options):
         raise ConfigurationError(
             "--target-seg-type OBJ needs a store: --obj-bucket-name NAME, --azure-blob-container-name NAME or --obj-url URL"
         )
     if options.filenames and len(options.filenames.split(",")) != options.num_files:
-        raise _refusal(options, "num_files", f"the number of --filenames, {len(options.filenames.split(','))}")
+        raise refusal(options, "num_files", f"the number of --filenames, {len(options.filenames.split(','))}")
 
 
 def _check_sizes(options: Options) -> None:
@@ -442,7 +368,7 @@ def _check_sizes(options: Options) -> None:
         devices = getattr(options, name)
         if least > total // devices:
             raise ConfigurationError(
-                f"--total-buffer-size is {total}, {total // devices} for each of {_flag(name)} {devices}; --max-block-size"
+                f"--total-buffer-size is {total}, {total // devices} for each of {flag(name)} {devices}; --max-block-size"
                 f" {options.max_block_size} x --max-batch-size {options.max_batch_size} x {options.slots} at once needs {least}"
             )
 
@@ -468,7 +394,7 @@ def _check_peer(options: Options, peer: Versus) -> None:
     python = {Versus.NIXL: "nixl_python", Versus.MOONCAKE: "mooncake_python"}.get(peer)
     # Without one the peer is reported as absent.
     if python and (path := getattr(options, python)) and not os.access(path, os.X_OK):
-        raise _refusal(options, python, "an interpreter that can be run")
+        raise refusal(options, python, "an interpreter that can be run")
 
 
 def store_url(options: Options) -> str:
@@ -506,15 +432,7 @@ def store_options(options: Options) -> dict[str, Any]:
 
 def _at_least(options: Options, name: str, least: int) -> None:
     if getattr(options, name) < least:
-        raise _refusal(options, name, f"at least {least}")
-
-
-def _refusal(options: Options, name: str, allowed: str) -> ConfigurationError:
-    return ConfigurationError(f"{_flag(name)} is {plain(getattr(options, name))}; it must be {allowed}")
-
-
-def _flag(name: str, *, no: bool = False) -> str:
-    return f"--{'no-' if no else ''}{name.replace('_', '-')}"
+        raise refusal(options, name, f"at least {least}")
 
 
 def _doubled(start: int, most: int) -> Iterator[int]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nixl_async.benchmarks.results import Histogram, Latencies, Raw, Results, Row
+from nixl_async.benchmarks.options import Format
+from nixl_async.benchmarks.results import Raw, Results, Row, condensed
+from nixl_async.benchmarks.tables import write_rows
 from nixl_async.benchmarks.transfer.conductor import OURS, Round, Step
-from nixl_async.benchmarks.transfer.options import Format, Options
-from nixl_async.errors import ConfigurationError, MissingDependency
+from nixl_async.benchmarks.transfer.options import Options
 
 WIDTH_WITHOUT_TERMINAL = 250
-MOST_LATENCIES = 2000
-"""More latencies of a round than this are written as a histogram."""
-_BINS_PER_DECADE = 40
 _MICROSECONDS = 1e6
 
 COLUMNS = {
@@ -176,7 +170,7 @@ def result_rows(options: Options, step: Step) -> list[Row]:
                 dst=(options.target_seg_type if point.op == "WRITE" else options.initiator_seg_type).value.replace(*_OBJECT),
                 parameters={**parameters, "batch": point.batch},
                 throughput=tuple(one.throughput for one in rounds),
-                latencies=tuple(_latencies(one) for one in rounds) if known else (),
+                latencies=tuple(condensed(one.latency.tolist()) for one in rounds) if known else (),
                 cpu_seconds_per_gb=tuple(one.cpu_per_gb for one in rounds if one.cpu_per_gb is not None),
                 loop_stall_p999=stalls if len(stalls) == len(rounds) else (),
                 raw=raw,
@@ -214,29 +208,6 @@ def _phase(name: str, rounds: Sequence[Round]) -> dict[str, tuple[float, ...]]:
     }
 
 
-def _latencies(one: Round) -> Latencies | Histogram:
-    seconds = one.latency
-    if len(seconds) <= MOST_LATENCIES:
-        return Latencies(tuple(seconds.tolist()))
-    low, high = np.log10(max(float(seconds.min()), 1e-9)), np.log10(max(float(seconds.max()), 1e-9))
-    edges = np.arange(np.floor(low * _BINS_PER_DECADE), np.ceil(high * _BINS_PER_DECADE) + 2) / _BINS_PER_DECADE
-    counts, bounds = np.histogram(np.maximum(seconds, 1e-9), 10.0**edges)
-    return Histogram(tuple(bounds.tolist()), tuple(counts.tolist()))
-
-
-def check_format(options: Options) -> None:
-    """Refuse what could not be written in the end, before anything runs.
-
-    Raises:
-        MissingDependency: Parquet needs pyarrow.
-        ConfigurationError: the output's directory does not exist.
-    """
-    if options.format is Format.PARQUET:
-        _pyarrow()
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise ConfigurationError(f"--output is {options.output}; its directory does not exist")
-
-
 def write(options: Options, steps: Sequence[Step], command: Sequence[str], system: Mapping[str, Any], started: str) -> None:
     """Write the result in the form that is asked for."""
     if options.format is Format.TEXT:
@@ -255,16 +226,7 @@ def write(options: Options, steps: Sequence[Step], command: Sequence[str], syste
             print(json.dumps(results.as_dict(), allow_nan=False), flush=True)
         return
     rows_of_figures = [row | {"op": options.op_type.value, "scheme": options.scheme.value} for row in _all(options, steps)]
-    if options.format is Format.CSV:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [*COLUMNS, "op", "scheme"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows_of_figures)
-        _put(options, text.getvalue())
-        return
-    pyarrow, parquet = _pyarrow()
-    table = pyarrow.Table.from_pylist(rows_of_figures)
-    parquet.write_table(table.replace_schema_metadata({k: str(v) for k, v in system.items()}), options.output)
+    write_rows(options.format, options.output, [*COLUMNS, "op", "scheme"], rows_of_figures, system)
 
 
 def _all(options: Options, steps: Sequence[Step]) -> list[dict[str, Any]]:
@@ -276,20 +238,3 @@ def _text(options: Options, steps: Sequence[Step]) -> str:
     lines = ["  ".join(COLUMNS.values())]
     lines += ["  ".join(_cell(name, row[name]).rjust(len(head)) for name, head in COLUMNS.items()) for row in rows]
     return "\n".join(lines)
-
-
-def _put(options: Options, text: str) -> None:
-    if options.output:
-        Path(options.output).write_text(text)
-    else:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependency("--format parquet needs pyarrow: pip install 'nixl-async[parquet]'") from error
-    return pyarrow, pyarrow.parquet

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from nixl_async.benchmarks.options import Format
 from nixl_async.benchmarks.transfer import report
 from nixl_async.benchmarks.transfer.conductor import OURS, Conductor, Step, Watcher
 from nixl_async.benchmarks.transfer.contenders import contenders
 from nixl_async.benchmarks.transfer.control import ControlServer, Launcher, RemoteLauncher, serve_launcher
 from nixl_async.benchmarks.transfer.machine import header
-from nixl_async.benchmarks.transfer.options import Format, Options, Runtime
+from nixl_async.benchmarks.transfer.options import Options, Runtime
 from nixl_async.benchmarks.transfer.rendezvous import Meeting, meet, ranks_here
 from nixl_async.errors import ConfigurationError, NixlError
 
@@ -99,7 +100,6 @@ async def run(options: Options, command: Sequence[str]) -> None:
         BenchmarkFailed: a process has ended or failed, or bytes arrived wrong.
         ConfigurationError: ranks and processes do not match, or nobody is met.
     """
-    report.check_format(options)
     runtime = _runtime(options)
     if runtime is Runtime.RAY:
         from nixl_async.benchmarks.transfer.on_ray import on_ray
