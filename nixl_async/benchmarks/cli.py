@@ -28,7 +28,9 @@ app = typer.Typer(
 )
 app.add_typer(kv, name="kv")
 # NIXLBench writes its options with underscores.
-app.command("transfer", context_settings={"token_normalize_func": lambda text: text.replace("_", "-")})(transfer)
+app.command(
+    "transfer", context_settings={"token_normalize_func": lambda text: str(getattr(text, "value", text)).replace("_", "-")}
+)(transfer)
 app.command("serve")(serve)
 PROGRAM = "nixl-async bench"
 WIDTH_WITHOUT_TERMINAL = 160

@@ -49,14 +49,22 @@ def refusal(options: Any, name: str, allowed: str) -> ConfigurationError:
     return ConfigurationError(f"{flag(name)} is {plain(getattr(options, name))}; it must be {allowed}")
 
 
-def given(context: typer.Context, *, without: str = "config_file") -> dict[str, Any]:
-    """Return what was said on the command line or by a variable, and not what is default; lists as tuples."""
-    found = {}
+def given(context: typer.Context, options: type, *, without: str = "config_file") -> dict[str, Any]:
+    """Return what was said on the command line or by a variable, and not what is default, for a dataclass of options."""
+    fields, found = {field.name: field for field in dataclasses.fields(options)}, {}
     for name, value in context.params.items():
         source = context.get_parameter_source(name)
         if name != without and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
-            found[name] = tuple(value) if isinstance(value, list) else value
+            found[name] = _chosen(value, fields[name])
     return found
+
+
+def _chosen(value: Any, field: dataclasses.Field[Any]) -> Any:
+    # Older releases of Typer keep choices as text where the context has them.
+    if isinstance(value, list | tuple):
+        return tuple(field.metadata["of"](one) for one in value)
+    kind = type(field.default)
+    return kind(value) if issubclass(kind, enum.Enum) else value
 
 
 def read_file(path: str, options: type, aliases: Mapping[str, str]) -> dict[str, Any]:

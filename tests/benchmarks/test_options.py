@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from nixl_async.benchmarks.options import Format, Word, flag, plain, read_file, refusal
+from nixl_async.benchmarks.options import Format, Word, flag, given, plain, read_file, refusal
 from nixl_async.errors import ConfigurationError
 
 
@@ -40,6 +41,13 @@ def test_choices_are_read_whatever_their_case() -> None:
     assert (Colour("RED"), Colour("blue"), Format("Json")) == (Colour.RED, Colour.BLUE, Format.JSON)
     with pytest.raises(ValueError, match="green"):
         Colour("green")
+
+
+def test_what_was_said_are_choices_whether_or_not_the_parser_made_them_that() -> None:
+    parameters = [click.Option(["--colour"]), click.Option(["--colours"], multiple=True), click.Option(["--size"], type=int)]
+    command = click.Command("paint", params=[*parameters, click.Option(["--config-file"])])
+    with command.make_context("paint", ["--colour", "BLUE", "--colours", "red", "--config-file", "x"]) as context:
+        assert given(context, Options) == {"colour": Colour.BLUE, "colours": (Colour.RED,)}
 
 
 def test_values_as_text() -> None:

@@ -82,5 +82,5 @@ def serve(
     from nixl_async.benchmarks.serve.run import run as serve_all
 
     with refusing():
-        options = make(given(context), config_file)
+        options = make(given(context, Options), config_file)
         run(lambda: serve_all(options, [Path(sys.argv[0]).name, *sys.argv[1:]]))

@@ -120,7 +120,7 @@ def transfer(
     from nixl_async.benchmarks.transfer.run import Interrupted, run
 
     try:
-        options = make(given(context), config_file)
+        options = make(given(context, Options), config_file)
     except ConfigurationError as error:
         raise _fail(str(error), WRONG) from None
     try:
