@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nixl_async.descriptors import MemoryKind
@@ -431,6 +430,9 @@ def load_backend(name: str, **options: Any) -> Backend:
     """
     target = BUILT_IN.get(name)
     if target is None:
+        # Its import takes as long as a tenth of the library's own, and few need it.
+        from importlib.metadata import entry_points
+
         offered = {point.name: point.value for point in entry_points(group="nixl_async.backends")}
         target = offered.get(name)
         if target is None:

@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -24,6 +24,7 @@ from nixl_async.testing.servers import Server, azurite, gcs_emulator, seaweedfs
 from tests.agents import ROOT, TOKEN
 from tests.loops import LOOPS, debug_loop
 from tests.stores import running
+from tests.turns import Turns, join
 
 settings.register_profile("suite", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
@@ -39,6 +40,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # libuv starts its four threads at the first name it looks up, and keeps them.
     uvloop.run(_look_up())
     config.addinivalue_line("markers", "keeps: the first use of a library that keeps descriptors or threads for good")
+    config.stash[TURNS] = join(config)
+
+
+TURNS = pytest.StashKey[Turns | None]()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let tests of several processes run side by side, except those marked `alone`."""
+    if (turns := item.config.stash[TURNS]) is None:
+        return (yield)
+    with turns.turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 async def _look_up() -> None:
@@ -131,8 +145,13 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
             break
         gc.collect()
         time.sleep(0.01)
-    if not request.node.get_closest_marker("keeps"):
-        assert not left, f"the test left behind: {left}"
+    if not left or request.node.get_closest_marker("keeps"):
+        return
+    if (turns := request.config.stash[TURNS]) is not None:
+        # What tests beside this one work with is gone when they are.
+        with turns.pause():
+            left = before.grown(Footprint.take())
+    assert not left, f"the test left behind: {left}"
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import nixl_async
 from nixl_async.backend import BUILT_IN
+from nixl_async.cli import app
 from nixl_async.demo.job import Job
 from nixl_async.demo.run import DemoFailed, run_job
 from tests.agents import ROOT
@@ -95,12 +97,13 @@ def test_the_demo_beside_nixl() -> None:
 )
 def test_wrong_input_is_refused_before_anything_runs(arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NIXL_ASYNC_NIXL_PYTHON", raising=False)
-    ran = command("demo", *arguments)
-    assert ran.returncode == 2
+    ran = CliRunner().invoke(app, ["demo", *arguments], env={"COLUMNS": "200"})
+    assert ran.exit_code == 2
     assert text in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_everything_in_under_a_second(number: signal.Signals) -> None:
     program = [sys.executable, "-m", "nixl_async", "demo", "--tokens", "64", "--compute-ms", "1000"]
@@ -126,6 +129,7 @@ def _children(parent: int, count: int) -> list[int]:
     raise AssertionError("the demo's processes did not start")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("backend", ["samehost", "tcp"])
 async def test_a_side_that_is_killed_is_reported_by_the_other_in_under_a_second(role: str, backend: str) -> None:

@@ -169,10 +169,10 @@ async def test_a_grant_that_comes_twice_is_one() -> None:
 
 async def test_over_another_connection_what_was_given_back_is_said_again() -> None:
     held = _Held()
-    region = held.grant(1, 0.2)
+    held.grant(1, 0.2)
     held.grant(2, 5.0, "other")
     async with asyncio.timeout(10):
-        while not region.withdrawn:
+        while not await held.quiet():
             await asyncio.sleep(0.005)
     held.link = _Link()
     held.peer.link = held.link  # type: ignore[assignment]

@@ -196,6 +196,7 @@ async def _next(events: MembershipEvents, kind: str, seconds: float) -> str:
     return event.reason
 
 
+@pytest.mark.alone
 async def test_a_silent_network_is_noticed_within_three_seconds() -> None:
     # Another process's kernel is this one's too: dropping what comes back is all that can be seen of a network that is gone.
     async with _near_and_far(None, backends=["tcp"]) as (near, _, peer, events):
@@ -356,6 +357,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.alone
 async def test_a_hundred_idle_peers_cost_less_than_a_hundredth_of_a_core() -> None:
     pipe = asyncio.subprocess.PIPE
     async with Agent("hub", token="t", backends=["memory"]) as hub:

@@ -669,6 +669,7 @@ def _resident() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize(("kind", "again"), [("plain", "once"), ("tls", "again")])
 async def test_ten_thousand_half_open_connections(again: str, kind: str, authority: Authority) -> None:

@@ -463,6 +463,21 @@ async def test_latency(proxy: FaultProxy, client: Client) -> None:
     assert time.monotonic() - began >= 0.09
 
 
+async def test_an_answer_is_held_back_for_as_long_as_the_test_wants(proxy: FaultProxy, client: Client) -> None:
+    answered, go = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        answered.set()
+        await go.wait()
+
+    proxy.inject(Fault(hold=hold))
+    asking = asyncio.create_task(client.ask("GET", "/a"))
+    await answered.wait()
+    assert not asking.done()
+    go.set()
+    assert (await asking).body == BODY
+
+
 async def test_a_continue_nobody_asked_for(proxy: FaultProxy, client: Client) -> None:
     proxy.inject(Fault(extra_continue=True))
     assert (await client.ask("GET", "/a", Content_Length="0")).status == 100

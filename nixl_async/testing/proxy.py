@@ -12,7 +12,7 @@ import fcntl
 import socket
 import struct
 import termios
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
@@ -53,6 +53,7 @@ class Fault:
         withhold_continue: keep every `100 Continue` of the server from the client.
     To the response's head:
         latency: hold it back for this many seconds.
+        hold: hold it back until what this returns has been awaited; the server has answered when it is called.
         extra_continue: send a `100 Continue` before it.
         connection_close: send `Connection: close` with it, and end the connection after it.
         length_off: declare a body this much longer than it is (the connection ends after it) or shorter (it does not end,
@@ -72,6 +73,7 @@ class Fault:
     corrupt_request: int | None = None
     withhold_continue: bool = False
     latency: float = 0.0
+    hold: Callable[[], Awaitable[object]] | None = None
     extra_continue: bool = False
     connection_close: bool = False
     length_off: int = 0
@@ -523,6 +525,8 @@ class _Connection:
         until_eof = not bodiless and body.length is None and not body.chunked
         if fault.latency:
             await asyncio.sleep(fault.latency)
+        if fault.hold is not None:
+            await fault.hold()
         if fault.extra_continue:
             await self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if fault.connection_close:

@@ -182,18 +182,12 @@ async def test_a_large_object_is_not_torn(bench: Bench) -> None:
     await bench.write(direct, "torn", old)
     # One piece of four ranges after the other, and the object is replaced after the first.
     store = await bench.store(range_nbytes=MIB, concurrency=1)
-    reached = asyncio.Event()
 
-    def match(method: str, path: str) -> bool:
-        reached.set()
-        return True
+    async def replaced() -> None:
+        await bench.write(direct, "torn", new)
 
-    bench.proxy.inject(Fault(latency=0.5), 1, match)
-    reading = asyncio.create_task(bench.read(store, "torn", 9 * MIB))
-    await reached.wait()
-    await asyncio.sleep(0.1)
-    await bench.write(direct, "torn", new)
-    assert_same(await reading, new)
+    bench.proxy.inject(Fault(hold=replaced))
+    assert_same(await bench.read(store, "torn", 9 * MIB), new)
     assert bench.proxy.requests == 6
 
 

@@ -34,6 +34,8 @@ class TestDirectoryDirect(StorageBackendTests):
 
 class TestS3(StorageBackendTests):
     backend = "s3"
+    # S3 takes no smaller parts.
+    large_nbytes = 12 << 20
     large_options: ClassVar = {"multipart_nbytes": 8 << 20, "part_nbytes": 5 << 20, "range_nbytes": 3 << 20}
 
     @pytest.fixture
@@ -53,7 +55,8 @@ class TestS3Checksums(TestS3):
 
 class TestAzure(StorageBackendTests):
     backend = "azure"
-    large_options: ClassVar = {"block_threshold_nbytes": 8 << 20, "block_nbytes": 5 << 20, "range_nbytes": 3 << 20}
+    large_nbytes = 8 << 20
+    large_options: ClassVar = {"block_threshold_nbytes": 2 << 20, "block_nbytes": 1 << 20, "range_nbytes": 1 << 20}
 
     @pytest.fixture
     def store_url(self, azure_server: Server) -> str:

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from typer.testing import CliRunner, Result
+
 from nixl_async.benchmarks.transfer.conductor import Conductor, Step, Watcher
 from nixl_async.benchmarks.transfer.contenders import contenders
 from nixl_async.benchmarks.transfer.control import Contender, ControlServer, Launcher
 from nixl_async.benchmarks.transfer.options import make
+from nixl_async.cli import app
 from tests.agents import ROOT
 
 TINY: dict[str, Any] = {
@@ -59,6 +62,13 @@ def environment(**more: str) -> dict[str, str]:
     for name in ("RANK", "WORLD_SIZE", "NIXL_ASYNC_NIXL_PYTHON", "NIXL_ASYNC_MOONCAKE_PYTHON", "NIXL_ASYNC_TOKEN"):
         kept.pop(name, None)
     return kept | {"COLUMNS": "300"} | more
+
+
+def refused(*extra: str, **more: str) -> Result:
+    """Run the command in this process, as it is when it refuses what it is told, or only tells about itself."""
+    # What is not to be there is None.
+    variables = dict.fromkeys(os.environ) | environment(**more)
+    return CliRunner().invoke(app, ["bench", "transfer", *extra], env=variables)
 
 
 def command(*extra: str, timeout: float = 110.0, **more: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from nixl_async.benchmarks.cli import app
 from nixl_async.benchmarks.results import Results, Row
@@ -25,6 +25,11 @@ def bench(*arguments: str | Path, hidden: Path | None = None) -> subprocess.Comp
     return subprocess.run(whole, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=environment)
 
 
+def told(*arguments: str | Path) -> Result:
+    """Run a command in this process, which has loaded what it computes with."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     first, second = tmp_path / "a.json", tmp_path / "b.json"
@@ -38,27 +43,27 @@ def test_a_slower_run_is_shown_and_fails_when_asked_to(files: tuple[Path, Path])
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("slower") == 9
     assert "write, tcp, 4 KiB of 64 MiB" in ran.stdout
-    failed = bench("compare", *files, "--fail-on-slower", "5")
-    assert failed.returncode == 1
+    failed = told("compare", *files, "--fail-on-slower", "5")
+    assert failed.exit_code == 1
     assert "nixl-async bench: 9 rows are slower by 5 % or more" in failed.stderr
     assert "and 6 more" in failed.stderr
-    assert bench("compare", *files, "--fail-on-slower", "20").returncode == 0
-    assert bench("compare", *reversed(files), "--fail-on-slower", "0").returncode == 0
+    assert told("compare", *files, "--fail-on-slower", "20").exit_code == 0
+    assert told("compare", *reversed(files), "--fail-on-slower", "0").exit_code == 0
 
 
 def test_a_comparison_as_json(files: tuple[Path, Path]) -> None:
-    ran = bench("compare", *files, "--format", "json", "--metric", "throughput", "--fail-on-slower", "5")
-    assert ran.returncode == 1
-    told = json.loads(ran.stdout)
-    assert [one["verdict"] for one in told["comparisons"]] == ["slower"] * 3
-    assert told["failed"] == told["comparisons"]
-    assert told["only_first"] == told["only_second"] == []
+    ran = told("compare", *files, "--format", "json", "--metric", "throughput", "--fail-on-slower", "5")
+    assert ran.exit_code == 1
+    result = json.loads(ran.stdout)
+    assert [one["verdict"] for one in result["comparisons"]] == ["slower"] * 3
+    assert result["failed"] == result["comparisons"]
+    assert result["only_first"] == result["only_second"] == []
 
 
 def test_too_few_repetitions_are_said(tmp_path: Path) -> None:
     rates(n=3).write(tmp_path / "a.json")
-    ran = bench("compare", tmp_path / "a.json", tmp_path / "a.json")
-    assert ran.returncode == 0
+    ran = told("compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert ran.exit_code == 0
     assert "too few (3 < 5 repetitions)" in ran.stdout
 
 
@@ -97,8 +102,8 @@ def test_wrong_input_is_refused(arguments: list[str], text: str, monkeypatch: py
 def test_two_results_of_different_things_are_refused(tmp_path: Path) -> None:
     rates().write(tmp_path / "a.json")
     Results(("x",), SYSTEM, (Row("other", "write", 1, 1, throughput=(1.0,)),)).write(tmp_path / "b.json")
-    ran = bench("compare", tmp_path / "a.json", tmp_path / "b.json")
-    assert ran.returncode == 2
+    ran = told("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert ran.exit_code == 2
     assert len(ran.stderr.splitlines()) == 1
     assert "no row in common" in ran.stderr
 

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from nixl_async.benchmarks import results
 from nixl_async.benchmarks.transfer.conductor import OURS, RAW, Step, WrongBytes
 from nixl_async.benchmarks.transfer.control import HERE, BenchmarkFailed, Contender
 from nixl_async.benchmarks.transfer.options import Location, Op, Scheme
+from nixl_async.cli import app
 from tests.agents import ROOT
-from tests.benchmarks.runs import PROGRAM, arguments, command, environment, steps
+from tests.benchmarks.runs import PROGRAM, arguments, command, environment, refused, steps
 
 RAW_PEER = Contender(RAW, str(HERE / "peers" / "raw_peer.py"))
 
@@ -40,10 +42,16 @@ def only(found: list[Step]) -> Step:
     return step
 
 
-@pytest.mark.parametrize("op", list(Op))
 @pytest.mark.parametrize(
-    ("scheme", "initiators", "targets"),
-    [(Scheme.PAIRWISE, 1, 1), (Scheme.MANY_TO_ONE, 2, 1), (Scheme.ONE_TO_MANY, 1, 2), (Scheme.TP, 1, 2), (Scheme.TP, 2, 1)],
+    ("scheme", "initiators", "targets", "op"),
+    [
+        (Scheme.PAIRWISE, 1, 1, Op.WRITE),
+        (Scheme.PAIRWISE, 1, 1, Op.READ),
+        (Scheme.MANY_TO_ONE, 2, 1, Op.WRITE),
+        (Scheme.ONE_TO_MANY, 1, 2, Op.READ),
+        (Scheme.TP, 1, 2, Op.WRITE),
+        (Scheme.TP, 2, 1, Op.READ),
+    ],
 )
 async def test_schemes(scheme: Scheme, initiators: int, targets: int, op: Op) -> None:
     step = only(await steps(scheme=scheme, num_initiator_dev=initiators, num_target_dev=targets, op_type=op))
@@ -260,8 +268,8 @@ def test_a_file_is_read_and_the_command_line_goes_before_it(tmp_path: Path) -> N
     ],
 )
 def test_wrong_input_is_refused(given: list[str], text: str) -> None:
-    ran = command(*given)
-    assert ran.returncode == 2
+    ran = refused(*given)
+    assert ran.exit_code == 2
     assert text in ran.stderr
     assert "Traceback" not in ran.stderr
 
@@ -341,16 +349,13 @@ def _busy_child(pid: int) -> bool:
 
 
 def test_the_help_names_every_option() -> None:
-    ran = command("--help")
-    assert ran.returncode == 0
+    ran = refused("--help")
+    assert ran.exit_code == 0
     for text in ("--scheme", "--pipeline-depth", "--versus", "--runtime", "--config-file"):
         assert text in ran.stdout
 
 
 def test_the_list_of_benchmarks() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "nixl_async", "bench", "--help"],
-        capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
-    assert ran.returncode == 0
+    ran = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "120"})
+    assert ran.exit_code == 0
     assert "transfer" in ran.stdout

@@ -18,7 +18,7 @@ from nixl_async.benchmarks.transfer.rendezvous import ranks_here
 from nixl_async.errors import ConfigurationError
 from nixl_async.testing.servers import free_ports
 from tests.agents import ROOT
-from tests.benchmarks.runs import PROGRAM, arguments, environment
+from tests.benchmarks.runs import PROGRAM, arguments, environment, refused
 from tests.compat.etcd_server import EtcdServer
 
 WAIT_SECONDS = 100.0
@@ -124,13 +124,12 @@ def _children(pid: int) -> list[str]:
     return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
-async def test_too_many_and_too_few_ranks_are_refused() -> None:
+def test_too_many_and_too_few_ranks_are_refused() -> None:
     (port,) = free_ports(1)
-    run = [*PROGRAM, *arguments()]
     given = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "1"}
-    ((code, _, err),) = await together([run], [given])
-    assert code == 2
-    assert "there are 3 ranks; --num-initiator-dev 1 and 1 targets need 2" in err
+    ran = refused(*arguments(), **given)
+    assert ran.exit_code == 2
+    assert "there are 3 ranks; --num-initiator-dev 1 and 1 targets need 2" in ran.stderr
 
 
 # What the variables say.

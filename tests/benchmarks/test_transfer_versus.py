@@ -14,7 +14,7 @@ from nixl_async.benchmarks.transfer.contenders import NIXL_LIKE_OURS
 from nixl_async.benchmarks.transfer.options import Op, Scheme, Segment, Versus
 from nixl_async.testing.servers import Server
 from tests.agents import ROOT
-from tests.benchmarks.runs import arguments, command, steps
+from tests.benchmarks.runs import arguments, command, refused, steps
 from tests.benchmarks.test_transfer import only
 from tests.benchmarks.test_transfer_storage import s3
 
@@ -84,6 +84,6 @@ def test_a_peer_without_an_interpreter_is_absent_and_the_report_says_what_to_do(
     assert ran.returncode == 0, ran.stderr
     assert "absent: nixl: it needs --nixl-python" in ran.stdout
     assert "bench/environments.py makes one" in ran.stdout
-    ran = command(*arguments(versus="nixl", nixl_python="/nowhere"))
-    assert ran.returncode == 2
+    ran = refused(*arguments(versus="nixl", nixl_python="/nowhere"))
+    assert ran.exit_code == 2
     assert "--nixl-python is /nowhere; it must be an interpreter that can be run" in ran.stderr

@@ -752,7 +752,8 @@ def notifications_are_taken_or_kept():
 
 @behaviour
 def agents_that_load_each_other_at_once_lose_nothing():
-    for round_ in range(10):
+    # An agent of NIXL's own takes a second of CPU time to begin and to end.
+    for round_ in range(10 if "nixl_async" in sys.modules else 3):
         agents = [make(f"{side}-{round_}") for side in ("left", "right")]
         blobs = [agent.get_agent_metadata() for agent in agents]
         barrier, failed = threading.Barrier(2), []

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,24 @@ def ours() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def stock() -> dict[str, str]:
-    return run("behaviours.py", python=NIXL_PYTHON)
+def stock() -> Callable[[str], str]:
+    """Ask NIXL itself, in several runs: its threads spin, and each run must have time enough where others use the cores too."""
+    told: dict[int, dict[str, str]] = {}
+
+    def ask(name: str) -> str:
+        first = ASKED.index(name) % RUNS
+        if first not in told:
+            chosen = ASKED[first::RUNS]
+            # A run that fails is not tried again for each of them.
+            told[first] = dict.fromkeys(chosen, "the run failed; the first that asked has its error")
+            told[first] = run("behaviours.py", *chosen, python=NIXL_PYTHON)
+        return told[first][name]
+
+    return ask
+
+
+ASKED = names("behaviours.py")
+RUNS = 3
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +91,17 @@ BESIDE = [
 ]
 
 
-@pytest.mark.parametrize("name", names("behaviours.py"))
+@pytest.mark.parametrize("name", ASKED)
 def test_the_drop_in(name: str, ours: dict[str, str]) -> None:
     assert not ours[name], ours[name]
 
 
 @needs_nixl
 @pytest.mark.nixl
-@pytest.mark.parametrize("name", names("behaviours.py"))
-def test_nixl_itself(name: str, stock: dict[str, str]) -> None:
-    assert not stock[name], stock[name]
+@pytest.mark.parametrize("name", ASKED)
+def test_nixl_itself(name: str, stock: Callable[[str], str]) -> None:
+    wrong = stock(name)
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("name", [name for name in names("dropin.py") if name != OBJECTS and name != BESIDE[2]])

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from nixl_async.cli import app
 from nixl_async.doctor import examine
 from nixl_async.doctor.examination import LEAST_NBYTES, NBYTES, _nbytes
 from nixl_async.doctor.facts import Facts
@@ -114,9 +116,16 @@ def test_the_text_can_be_read_without_colours() -> None:
     assert "Self-test" not in ran.stdout
 
 
+@pytest.fixture(scope="module")
+def confined() -> dict[str, Any]:
+    """Return the report of where the kernel forbids what it can, and CUDA may see no device."""
+    within = (sys.executable, FORBIDDING, ",".join(filter(None, (IO_URING, PROCESS_VM))))
+    return told(doctor("--format", "json", "--no-test", within=within, CUDA_VISIBLE_DEVICES=""))
+
+
 @pytest.mark.skipif(not PROCESS_VM, reason="the numbers of the calls are not known for this architecture")
-def test_where_ptrace_is_refused_tcp_goes_and_the_reason_is_told() -> None:
-    report = told(doctor("--format", "json", "--no-test", within=(sys.executable, FORBIDDING, PROCESS_VM)))
+def test_where_ptrace_is_refused_tcp_goes_and_the_reason_is_told(confined: dict[str, Any]) -> None:
+    report = confined
     route = routes(report)["DRAM", "DRAM, same host"]
     assert route["route"] == "tcp"
     assert "Operation not permitted" in route["refusals"]["samehost"]
@@ -126,10 +135,9 @@ def test_where_ptrace_is_refused_tcp_goes_and_the_reason_is_told() -> None:
     assert report["healthy"] is True
 
 
-def test_where_io_uring_is_forbidden_threads_are_found() -> None:
-    report = told(doctor("--format", "json", "--no-test", within=(sys.executable, FORBIDDING, IO_URING)))
-    assert "files are read and written by threads: the kernel refuses io_uring" in findings(report, "slow")
-    assert routes(report)["DRAM", "file"]["how"].startswith("threads, no io_uring")
+def test_where_io_uring_is_forbidden_threads_are_found(confined: dict[str, Any]) -> None:
+    assert "files are read and written by threads: the kernel refuses io_uring" in findings(confined, "slow")
+    assert routes(confined)["DRAM", "file"]["how"].startswith("threads, no io_uring")
 
 
 @pytest.mark.parametrize("count", [24, 64])
@@ -162,11 +170,10 @@ def test_an_unprivileged_user_is_served() -> None:
     assert routes(report)["DRAM", "DRAM, same host"]["route"] == "samehost"
 
 
-def test_without_devices_that_cuda_may_see() -> None:
-    report = told(doctor("--format", "json", "--no-test", CUDA_VISIBLE_DEVICES=""))
-    assert report["gpu"]["devices"] == []
-    assert report["healthy"] is True
-    assert "cuda" in report["backends"]["missing"]
+def test_without_devices_that_cuda_may_see(confined: dict[str, Any]) -> None:
+    assert confined["gpu"]["devices"] == []
+    assert confined["healthy"] is True
+    assert "cuda" in confined["backends"]["missing"]
 
 
 def test_a_ucx_that_crashes_is_reported_and_left_out(tmp_path: Path) -> None:
@@ -191,8 +198,8 @@ def test_a_ucx_that_crashes_is_reported_and_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_refused(arguments: list[str], text: str) -> None:
-    ran = doctor(*arguments)
-    assert ran.returncode == 2
+    ran = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "200"})
+    assert ran.exit_code == 2
     assert text in ran.stderr
     assert "Traceback" not in ran.stderr
 

@@ -1,0 +1,71 @@
+"""Tests side by side in several processes (pytest-xdist), and those that must have the machine to themselves."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
+
+class Turns:
+    """Lets tests of several processes run side by side, and one that is `alone` only when no other does.
+
+    Two locks on files: everyone holds `running`, shared or, when alone, exclusively; `waiting` is held until it is had, so that
+    nobody begins while one waits to be alone.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._running, self._waiting = (os.open(directory / name, flags, 0o600) for name in ("running", "waiting"))
+
+    @contextmanager
+    def turn(self, *, alone: bool) -> Iterator[None]:
+        """Wait for the turn of a test, and hold it until the block ends."""
+        fcntl.flock(self._waiting, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        finally:
+            fcntl.flock(self._waiting, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._running, fcntl.LOCK_UN)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within a turn, wait until the tests that run beside it have ended; the next begin after the block."""
+        # Whoever waits holds up nobody that does the same.
+        fcntl.flock(self._running, fcntl.LOCK_UN)
+        fcntl.flock(self._waiting, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._running, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self._waiting, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._running, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Take part no longer."""
+        os.close(self._running)
+        os.close(self._waiting)
+
+
+def join(config: pytest.Config) -> Turns | None:
+    """Take part in a run of several processes; `None` if this process runs all tests."""
+    if not hasattr(config, "workerinput"):
+        return None
+    # The first process has loaded readline, which tells those it starts a terminal's size; what tests start has none.
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
+    # What another process of the run leaves is told apart by its session, as that of all others on the machine is.
+    os.setsid()
+    # Each process has a directory of its own in that of the run.
+    return Turns(Path(config.option.basetemp).parent)
