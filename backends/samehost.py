@@ -128,6 +128,14 @@ class SameHostBackend(Backend):
             server, self._server = self._server, ffi.NULL
             lib.nx_packed_close(server)
 
+    def served(self) -> tuple[int, int] | None:
+        """Return the bytes that our threads have moved for peers; direct copies, which peers make alone, are not among them."""
+        if self._server == ffi.NULL:
+            return None
+        nbytes = ffi.new("int64_t[2]")
+        lib.nx_packed_served(self._server, nbytes)
+        return nbytes[0], nbytes[1]
+
     async def register(self, region: MemoryRegion) -> bytes:
         """Let peers that know the key ask our threads to read the region, and to write to it unless it is read-only."""
         return self._register(region, region.readonly)

@@ -287,6 +287,14 @@ class TCPBackend(Backend):
         which = mark + b"\0" if mark else b""
         await self._drop_accepted(_identity(peer.name, peer.incarnation) + which, dismiss=False)
 
+    def served(self) -> tuple[int, int] | None:
+        """Return the bytes that peers have read from our memory and written to it."""
+        if self._engine == ffi.NULL:
+            return None
+        nbytes = ffi.new("int64_t[2]")
+        lib.nx_tcp_served(self._engine, nbytes)
+        return nbytes[0], nbytes[1]
+
     async def register(self, region: MemoryRegion) -> bytes:
         """Let peers that know the key read the region, and write to it unless it is read-only."""
         return self._register(region, region.readonly, 0)

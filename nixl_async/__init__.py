@@ -5,7 +5,7 @@ contract for whatever moves bytes) · `scheduler` (what moves when; pure) · `wi
 `notifications`, `metadata` (who is there) · `leases`, `leased` (memory lent to one peer) · `handle`, `agent` (what callers
 hold) · `testing` (conformance suite) · `cli`, `demo` ·
 `discovery` (agents by name) · `geometry`, `planner` (who sends which slices of a KV cache to whom) · `layers` (pushes and
-pulls, layer by layer) · `benchmarks` (`nixl-async bench`).
+pulls, layer by layer) · `benchmarks` (`nixl-async bench`) · `metrics`, `tracing`, `timeline`, `inspection`, `logs` (watching it).
 """
 
 from nixl_async.agent import Agent, Statistics

@@ -17,6 +17,7 @@ from nixl_async.checksums import load
 from nixl_async.descriptors import Descriptor, MemoryKind, Places, Plan, Region, make_plan
 from nixl_async.discovery import Discovered, Finder, open_finder
 from nixl_async.dispatch import Dispatcher, check_payload, read_class, urgency
+from nixl_async.dump import MAX_TRANSFERS, dump
 from nixl_async.errors import (
     ClosedError,
     ConfigurationError,
@@ -34,6 +35,7 @@ from nixl_async.liveness import Liveness
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion, open_buffer
 from nixl_async.notifications import Notification, Subscription
+from nixl_async.observers import Observers
 from nixl_async.peers import MembershipEvents, Peer
 from nixl_async.queues import read_shares
 from nixl_async.routing import Explanation, Router
@@ -132,6 +134,7 @@ class Agent(StorageCalls, LayerCalls):
             load(verify)
         self._verify = verify
         self._shares = read_shares({read_class("a class of shares", one): share for one, share in (shares or {}).items()})
+        self._observers = Observers()
         self._backends: dict[str, Backend] = {}
         self._unavailable: dict[str, str] = {}
         self._membership = Membership(
@@ -192,9 +195,9 @@ class Agent(StorageCalls, LayerCalls):
             opened.sort(key=lambda backend: backend.rank)
         self._backends.update({backend.name: backend for backend in opened})
         self._membership.backends = opened
-        self._dispatcher = Dispatcher(self.name, self._loop, self._backends, self._membership, self._shares)
+        self._dispatcher = Dispatcher(self.name, self._loop, self._backends, self._membership, self._shares, self._observers)
         self._membership.leases.held.abort = self._dispatcher.abort
-        self._exchanges = Exchanges(self._loop, self._membership, self._dispatcher.streams, self)
+        self._exchanges = Exchanges(self._loop, self._membership, self._dispatcher.streams, self, self._observers)
         self._state = "open"
         if self._finder is not None:
             try:
@@ -492,7 +495,8 @@ class Agent(StorageCalls, LayerCalls):
             PeerLost: the peer is not connected.
         """
         self._check_open()
-        await self._membership.notify(peer if isinstance(peer, str) else peer.name, check_payload(payload))
+        trace = b"" if self._observers.trace is None else self._observers.trace(None)
+        await self._membership.notify(peer if isinstance(peer, str) else peer.name, check_payload(payload), trace)
 
     def notifications(self, *, peer: str | None = None, prefix: bytes = b"") -> Subscription:
         """Receive notifications: an async iterator, open from this call on, over those of `peer` that start with `prefix`.
@@ -602,12 +606,21 @@ class Agent(StorageCalls, LayerCalls):
             peers=len(self._membership.peers),
             regions=len(self._membership.regions),
             live_transfers=len(self._dispatcher.transfers),
-            nbytes=dict(self._dispatcher.nbytes),
+            nbytes=self._dispatcher.traffic.by_route(),
             unread_notifications=self._membership.inbox.unread,
             classes=self._dispatcher.classes(),
             **self._dispatcher.resent(),
             **self._dispatcher.counts,
         )
+
+    def dump(self, limit: int = MAX_TRANSFERS) -> dict[str, Any]:
+        """Return what this agent is doing, as values for JSON: live transfers with their histories, peers, queues, counts.
+
+        At most `limit` transfers, the oldest, and as many peers; `omitted` says how many more there are. Times are seconds ago. A
+        thousand transfers hold the loop for some milliseconds.
+        """
+        told: dict[str, Any] = {"agent": self.name, "incarnation": self.incarnation, "state": self._state}
+        return told | (dump(self._dispatcher, self._membership, limit) if self._state in ("open", "closing") else {})
 
     def _prepare_now(self, src: Places, dst: Places, backend: str | None, keep_places: bool) -> PreparedTransfer:
         self._check_open()

@@ -212,6 +212,10 @@ class Backend(ABC):
         """Return what that peer is told over its authenticated connection, instead of `describe()`; it may be a secret."""
         return self.describe()
 
+    def served(self) -> tuple[int, int] | None:
+        """Return how many bytes this side has moved for peers, as (read from our memory, written to it); None if it cannot know."""
+        return None
+
     async def dismiss(self, peer: str, incarnation: str) -> None:
         """Let nobody in any more with what `describe_to` told that peer; it is gone, whether or not it was ever connected."""
 

@@ -1,4 +1,4 @@
-"""The command line: `nixl-async demo`, `doctor`, `bench`, `self-test`, `backends`, `run-as-nixl`, `version`."""
+"""The command line, `nixl-async`: demo, doctor, bench, self-test, backends, top, dump, trace, run-as-nixl, version."""
 
 from __future__ import annotations
 
@@ -265,6 +265,69 @@ def bench(context: typer.Context) -> None:
     from nixl_async.benchmarks.cli import app as benchmarks
 
     benchmarks(context.args, prog_name="nixl-async bench")
+
+
+Socket = Annotated[str, typer.Argument(help="The socket that the process opened: inspection.serve(agent, path=…).")]
+trace = typer.Typer(help="Record what a running process moves.", no_args_is_help=True)
+app.add_typer(trace, name="trace")
+
+
+@app.command()
+def top(
+    socket: Socket,
+    seconds: Annotated[float, typer.Option(min=0.1, max=60.0, help="Seconds between two looks.")] = 1.0,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Look so often, and end (default: until interrupted).")] = None,
+) -> None:
+    """Show a process's peers, routes, rates, queues and oldest transfers, live."""
+    from rich.console import Console
+
+    from nixl_async.errors import ConfigurationError
+    from nixl_async.top import watch
+
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
+    try:
+        watch(socket, seconds, rounds, console)
+    except ConfigurationError as error:
+        raise _fail(str(error)) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def dump(
+    socket: Socket,
+    limit: Annotated[int, typer.Option(min=0, help="So many transfers and peers at most.")] = 1000,
+) -> None:
+    """Print what a process's agents are doing, each live transfer with its history, as JSON."""
+    from nixl_async.errors import ConfigurationError
+    from nixl_async.inspection import ask
+
+    try:
+        print(json.dumps(ask(socket, {"do": "dump", "limit": limit}), indent=2))
+    except ConfigurationError as error:
+        raise _fail(str(error)) from None
+
+
+@trace.command()
+def record(
+    socket: Socket,
+    output: Annotated[str, typer.Option("--output", "-o", help="The file to be written.")] = "trace.json",
+    seconds: Annotated[float, typer.Option(min=0.01, max=600.0, help="For how long.")] = 5.0,
+) -> None:
+    """Write what a process does for some seconds as a trace for https://ui.perfetto.dev: queues, ops, layers and streams."""
+    from pathlib import Path
+
+    from nixl_async.errors import ConfigurationError
+    from nixl_async.inspection import ask
+    from nixl_async.timeline import write
+
+    try:
+        told = ask(socket, {"do": "record", "seconds": seconds}, timeout=seconds + 30)
+        write(Path(output), told["events"])
+    except (ConfigurationError, OSError) as error:
+        raise _fail(str(error)) from None
+    dropped = f"; {told['dropped']} older ones were dropped" if told["dropped"] else ""
+    print(f"{output}: {len(told['events'])} events{dropped}")
 
 
 def main() -> None:

@@ -11,17 +11,20 @@ import itertools
 import logging
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from nixl_async.backend import Backend, Begun, Op, quiesce
+from nixl_async.counters import RX, TX, Traffic, direction
 from nixl_async.descriptors import Plan, Region
 from nixl_async.errors import BackendError, ConfigurationError, NixlError, PartsFailed, PeerLost, Quarantined, TransferError
 from nixl_async.handle import PreparedTransfer, Transfer
 from nixl_async.membership import Membership
 from nixl_async.memory import MemoryRegion
+from nixl_async.observers import Observers
 from nixl_async.outages import Outage
 from nixl_async.repeating import repeats
 from nixl_async.revival import Revival
@@ -88,7 +91,7 @@ def read_class(what: str, given: TrafficClass | str) -> TrafficClass:
 
 
 class Dispatcher:
-    """Runs the transfers of the agent `name` on `loop`; `counts` are the ended ones, `nbytes` the bytes by backend."""
+    """Runs the transfers of the agent `name` on `loop`; `counts` are the ended ones, `traffic` the bytes by what moved them."""
 
     def __init__(
         self,
@@ -97,18 +100,22 @@ class Dispatcher:
         backends: Mapping[str, Backend],
         membership: Membership,
         shares: Mapping[TrafficClass, float] | None = None,
+        observers: Observers | None = None,
     ) -> None:
         self._name = name
+        self.observers = Observers() if observers is None else observers
         self.loop = loop
         self._backends = backends
         self._membership = membership
         self.streams = Streams(loop)
-        self._scheduler = Scheduler({name: backend.limits for name, backend in backends.items()}, shares, random.random)
+        self.traffic = Traffic(membership.peers.__contains__)
+        self._moved = self.traffic.found
+        limits = {name: backend.limits for name, backend in backends.items()}
+        self._scheduler = Scheduler(limits, shares, random.random, self.traffic)
         self._revival = Revival(backends, membership, self._route_back)
         self.verifier = Verifier(name, loop, membership, backends)
         self.transfers: dict[int, Transfer] = {}
         self.counts = {"done": 0, "failed": 0, "cancelled": 0, "inline": 0}
-        self.nbytes: dict[str, int] = {}
         self._transfer_ids = itertools.count(1)
         self._ops: dict[int, asyncio.Task[None]] = {}
         # The ops that have told of parts of theirs.
@@ -164,7 +171,7 @@ class Dispatcher:
             return await self.submit(prepared, notify, urgency, None)
         if isinstance(result, _Sent):
             try:
-                result = await self._finish_begun(prepared, result)
+                result = await self._finish_begun(prepared, result, urgency.traffic_class)
             except (BackendError, PeerLost) as error:
                 if not repeats(error, len(prepared.routes)):
                     raise
@@ -173,11 +180,12 @@ class Dispatcher:
                 return await self.submit(prepared, notify, urgency, None)
         if notify is not None:
             payload, target = check_payload(notify), _target(prepared.plan, self._name)
-            if not self._membership.notify_nowait(target, payload):
-                await self._membership.notify(target, payload)
+            trace = b"" if self.observers.trace is None else self.observers.trace(prepared.plan)
+            if not self._membership.notify_nowait(target, payload, trace):
+                await self._membership.notify(target, payload, trace)
         return result
 
-    async def _finish_begun(self, prepared: PreparedTransfer, sent: _Sent) -> TransferResult:
+    async def _finish_begun(self, prepared: PreparedTransfer, sent: _Sent, traffic_class: TrafficClass) -> TransferResult:
         plan, (begun, route) = prepared.plan, sent
         started = self.loop.time()
         self._begun[begun] = plan
@@ -209,10 +217,24 @@ class Dispatcher:
         finally:
             if ended:
                 self.counts[ended] += 1
+                if ended == "failed" and (why := sys.exception()) is not None:
+                    self._membership.counters.failed(why)
             del self._begun[begun]
             _let_go(plan, reason)
-        self.nbytes[route] = self.nbytes.get(route, 0) + plan.nbytes
-        return TransferResult(plan.nbytes, self.loop.time() - started, 0.0, 1, route)
+        seconds = self.loop.time() - started
+        target = plan.dst.peer
+        self._count(plan, route, target or plan.src.peer, target is not None, traffic_class, seconds)
+        return TransferResult(plan.nbytes, seconds, 0.0, 1, route)
+
+    def _count(self, plan: Plan, route: str, peer: str | None, put: bool, traffic_class: TrafficClass, seconds: float) -> None:
+        """Count what was copied at once."""
+        way = TX if put else RX if peer is not None else direction(plan, None)
+        moved = self._moved.get((route, peer, traffic_class, way)) or self.traffic.of(route, peer, traffic_class, way)
+        moved.nbytes += plan.nbytes
+        moved.transfers += 1
+        copied = self.observers.copied
+        if copied is not None:
+            copied(plan, peer, route, traffic_class, seconds)
 
     def _inline_failed(self, prepared: PreparedTransfer, route: str, error: TransferError) -> None:
         peer = prepared.plan.dst.peer or prepared.plan.src.peer
@@ -238,12 +260,13 @@ class Dispatcher:
         expensive = plan.nbytes > ALWAYS_INLINE_NBYTES or self._inline_last_ns > QUEUEING_NS
         if expensive and self._inline_ns >= INLINE_BUDGET_NS:
             return None
-        peer = plan.dst.peer or plan.src.peer
+        target = plan.dst.peer
+        peer = target or plan.src.peer
         if not self._scheduler.idle(route, peer, traffic_class):
             return None
         started = time.perf_counter_ns()
         try:
-            copied = backend.copy_now(Op(0, plan, peer, plan.dst.peer is not None))
+            copied = backend.copy_now(Op(0, plan, peer, target is not None))
         except (BackendError, PeerLost) as error:
             self._inline_failed(prepared, route, error)
             return None
@@ -259,7 +282,7 @@ class Dispatcher:
             return _Sent(copied, route)
         self.counts["inline"] += 1
         self.counts["done"] += 1
-        self.nbytes[route] = self.nbytes.get(route, 0) + plan.nbytes
+        self._count(plan, route, peer, target is not None, traffic_class, spent * 1e-9)
         return TransferResult(plan.nbytes, spent * 1e-9, 0.0, 1, route)
 
     def _reset_inline(self) -> None:
@@ -284,6 +307,8 @@ class Dispatcher:
             check=check,
         )
         transfer = Transfer(self, record, payload)
+        if self.observers.submitted is not None:
+            self.observers.submitted(record)
         self.transfers[record.id] = transfer
         for side in (plan.src, plan.dst):
             for region in side.regions:
@@ -312,6 +337,8 @@ class Dispatcher:
             return
         now = self.loop.time()
         if error is None:
+            if self.observers.reached is not None:
+                self.observers.reached(transfer._record)
             self._carry_out(self._scheduler.release(transfer_id, now))
             self._dispatch_soon()
             return
@@ -339,6 +366,8 @@ class Dispatcher:
                 case Start(name, op):
                     if self._backends[name].reports:
                         op.report = partial(self._part_settled, op)
+                    if self.observers.started is not None:
+                        self.observers.started(name, op)
                     task = self.loop.create_task(self._backends[name].copy(op))
                     self._ops[op.id] = task
                     task.add_done_callback(partial(self._op_ended, name, op))
@@ -377,8 +406,9 @@ class Dispatcher:
             error = task.exception()
         if self._unquiet:
             self.loop.call_soon(self._release_quiet)
+        if self.observers.ended is not None:
+            self.observers.ended(name, op, error)
         if error is None:
-            self.nbytes[name] = self.nbytes.get(name, 0) + op.nbytes
             if not told:
                 self._reported(op, 0, op.nbytes, None)
             self._carry_out(self._scheduler.op_done(op.id, now))
@@ -432,6 +462,8 @@ class Dispatcher:
         transfer = self.transfers[record.id]
         if transfer._after is not None:
             transfer._after.cancel()
+        if self.observers.finished is not None:
+            self.observers.finished(record)
         error = record.error
         if isinstance(error, TransferError):
             error.transfer_id = error.transfer_id or record.id
@@ -443,18 +475,22 @@ class Dispatcher:
             self.counts["done"] += 1
             if transfer.notify is not None:
                 target = _target(record.plan, self._name)
-                if not self._membership.notify_nowait(target, transfer.notify):
-                    task = self.loop.create_task(self._notify_then_resolve(transfer, target, transfer.notify))
+                trace = b"" if self.observers.trace is None else self.observers.trace(record)
+                if not self._membership.notify_nowait(target, transfer.notify, trace):
+                    task = self.loop.create_task(self._notify_then_resolve(transfer, target, transfer.notify, trace))
                     self._notifying.add(task)
                     task.add_done_callback(self._notifying.discard)
                     return
         else:
             self.counts["failed" if record.state is TransferState.FAILED else "cancelled"] += 1
+            if error is not None:
+                self._membership.counters.failed(error)
+                self._membership.counters.quarantines += isinstance(error, Quarantined)
         self._resolve(transfer)
 
-    async def _notify_then_resolve(self, transfer: Transfer, target: str, payload: bytes) -> None:
+    async def _notify_then_resolve(self, transfer: Transfer, target: str, payload: bytes, trace: bytes) -> None:
         try:
-            await self._membership.notify(target, payload)
+            await self._membership.notify(target, payload, trace)
         except NixlError as error:
             transfer._record.error = error
         finally:
@@ -462,6 +498,8 @@ class Dispatcher:
 
     def _resolve(self, transfer: Transfer) -> None:
         del self.transfers[transfer.id]
+        if self.observers.resolved is not None:
+            self.observers.resolved(transfer._record)
         transfer._resolve()
         self._tell_quiet()
 

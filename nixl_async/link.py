@@ -94,6 +94,8 @@ class Link(asyncio.Protocol):
         self.our_loss = self.their_loss = 0
         """After which loss of the other side by us, and of us by it, the two tell each other of themselves; see `rejoining`."""
         self.closed = False
+        self.trace = b""
+        """The trace context of the notification that comes next."""
         self.turned_away = False
         """Whether the other side closed the connection before saying anything: it may have too many of them at present."""
         self.vigil = Vigil(pulse.liveness if pulse is not None else Liveness())
@@ -351,17 +353,19 @@ class Link(asyncio.Protocol):
 
     # Notifications.
 
-    def notify_nowait(self, payload: bytes) -> bool:
+    def notify_nowait(self, payload: bytes, trace: bytes = b"") -> bool:
         """Send a notification if the peer's window has room; return whether it was sent."""
         nbytes = len(payload) + OVERHEAD_NBYTES
         if self._room or self._full(nbytes) or self.superseded:
             return False
         self._outstanding += nbytes
-        self.send(encode_frame(FrameType.NOTIFY, payload))
+        self.send(_notification(payload, trace))
         return True
 
-    async def notify(self, payload: bytes) -> None:
+    async def notify(self, payload: bytes, trace: bytes = b"") -> None:
         """Send a notification, waiting while the peer's window is full; order is kept.
+
+        `trace` is the trace context that it belongs to; only for a peer that announced that it knows them.
 
         Raises:
             PeerLost: the connection ended before it was sent.
@@ -393,7 +397,7 @@ class Link(asyncio.Protocol):
         if self.closed or self.superseded:
             raise PeerLost("the peer is gone; the notification was not sent")
         self._outstanding += nbytes
-        self.send(encode_frame(FrameType.NOTIFY, payload))
+        self.send(_notification(payload, trace))
         self._wake_next()
 
     def _full(self, nbytes: int) -> bool:
@@ -476,6 +480,11 @@ class Link(asyncio.Protocol):
 
     def _too_slow(self) -> None:
         self.fail(ProtocolError("the handshake took too long"))
+
+
+def _notification(payload: bytes, trace: bytes) -> bytes:
+    frame = encode_frame(FrameType.NOTIFY, payload)
+    return encode_frame(FrameType.CONTEXT, trace) + frame if trace else frame
 
 
 def _consume(future: asyncio.Future[Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from nixl_async.acceptor import SHUTDOWN_SECONDS, Acceptor
 from nixl_async.backend import Backend, PeerInfo
+from nixl_async.counters import Counters
 from nixl_async.errors import (
     AuthenticationError,
     ClosedError,
@@ -114,6 +115,7 @@ class Membership:
     ) -> None:
         self.peers: dict[str, Peer] = {}
         self.inbox = Inbox(self._consumed)
+        self.counters = Counters()
         self.backends: list[Backend] = []
         self.regions: dict[str, MemoryRegion] = {}
         self.address: tuple[str, int] | None = None
@@ -299,6 +301,7 @@ class Membership:
     def publish(self, region: MemoryRegion) -> None:
         """Tell a region to everyone who was sent the metadata, peers that are still joining included."""
         self.regions[region.name] = region
+        self.counters.registered(region.nbytes)
         if not region.offered:
             return
         region.record = region_record(region)
@@ -310,6 +313,7 @@ class Membership:
         """Take a region back: wait until everyone who was told of it says that none of their transfers touches it."""
         if self.regions.get(region.name) is region:
             del self.regions[region.name]
+            self.counters.deregistered(region.nbytes)
         if region.offered:
             region.record = b""
             self._revision += 1
@@ -348,16 +352,18 @@ class Membership:
             await self._replaced(peer, link)
         raise PeerLost(f"peer {peer.name!r} has no control connection", peer=peer.name)
 
-    async def notify(self, name: str, payload: bytes) -> None:
-        """Send a notification; see `Agent.notify`."""
+    async def notify(self, name: str, payload: bytes, trace: bytes = b"") -> None:
+        """Send a notification, with the trace context that it belongs to; see `Agent.notify`."""
         if name == self._name:
-            self.inbox.deliver(Notification(name, payload))
+            self.counters.notified(len(payload))
+            self.inbox.deliver(Notification(name, payload, trace))
             return
         peer = self.get(name)
         while (link := peer.link) is not None:
             if not link.superseded:
                 try:
-                    await link.notify(payload)
+                    await link.notify(payload, trace if peer.traces else b"")
+                    self.counters.notified(len(payload))
                     return
                 except PeerLost:
                     if not link.superseded:
@@ -367,15 +373,20 @@ class Membership:
         for backend in self.backends:
             if backend.name in peer.backends:
                 await backend.send_notification(name, payload)
+                self.counters.notified(len(payload))
                 return
 
-    def notify_nowait(self, name: str, payload: bytes) -> bool:
+    def notify_nowait(self, name: str, payload: bytes, trace: bytes = b"") -> bool:
         """Send a notification if that needs no waiting; return whether it was sent."""
         if name == self._name:
-            self.inbox.deliver(Notification(name, payload))
+            self.counters.notified(len(payload))
+            self.inbox.deliver(Notification(name, payload, trace))
             return True
         peer = self.peers.get(name)
-        return peer is not None and peer.link is not None and peer.link.notify_nowait(payload)
+        if peer is None or peer.link is None or not peer.link.notify_nowait(payload, trace if peer.traces else b""):
+            return False
+        self.counters.notified(len(payload))
+        return True
 
     def snapshot(self) -> Mapping[str, Peer]:
         """Return the connected peers by name, as they are now; the same object until one comes or goes."""
@@ -544,7 +555,10 @@ class Membership:
             raise ProtocolError(f"unexpected {kind.name} before METADATA")
         match kind:
             case FrameType.NOTIFY:
-                self.inbox.deliver(Notification(peer.name, payload))
+                trace, link.trace = link.trace, b""
+                self.inbox.deliver(Notification(peer.name, payload, trace))
+            case FrameType.CONTEXT:
+                link.trace = payload
             case FrameType.REGIONS:
                 value = decode_json(payload, added=list)
                 if len(peer.regions) + len(value["added"]) > MAX_PEER_REGIONS:
@@ -656,6 +670,7 @@ class Membership:
             peer.link.consumed(nbytes)
 
     def _emit(self, kind: str, name: str, reason: str = "") -> None:
+        self.counters.happened(kind)
         for listener in self._listeners:
             listener.put_nowait(MembershipEvent(kind, name, reason))
 
@@ -908,6 +923,7 @@ class Membership:
             return
         await self._gone(announcement.name)
         peer = Peer(announcement.name, announcement.incarnation, regions, link=link, checksums=announcement.checksums)
+        peer.traces = announcement.traces
         try:
             await self._connect_backends(peer, announcement, link.host)
         except NixlError as error:

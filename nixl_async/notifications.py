@@ -28,10 +28,11 @@ MAX_NOTIFICATION_NBYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A message from a peer: the sender's name and the bytes it gave."""
+    """A message from a peer: the sender's name and the bytes it gave; `trace` is for `nixl_async.tracing`."""
 
     peer: str
     payload: bytes
+    trace: bytes = field(default=b"", compare=False, repr=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +72,7 @@ class Inbox:
         self._sequence = itertools.count()
         self._intercepts: list[tuple[bytes, Callable[[Notification], None]]] = []
         self.closed = False
+        self.received = self.received_nbytes = 0
 
     @property
     def unread(self) -> int:
@@ -80,6 +82,8 @@ class Inbox:
 
     def deliver(self, notification: Notification) -> None:
         """Hand a notification to every consumer that wants it, or keep it for the first that will."""
+        self.received += 1
+        self.received_nbytes += len(notification.payload)
         for prefix, take in self._intercepts:
             if notification.payload.startswith(prefix):
                 self._consumed(notification.peer, len(notification.payload) + OVERHEAD_NBYTES)

@@ -60,6 +60,10 @@ class Outages:
             return next(iter(routes), None)
         return next((backend for backend in routes if (backend, peer) not in self._down), None)
 
+    def all(self) -> list[Outage]:
+        """Return every outage. Any thread may call it."""
+        return list(self._down.values())
+
     def of(self, peer: str | None) -> dict[str, Outage]:
         """Return the outages of the routes to a peer, by backend."""
         return {backend: outage for (backend, name), outage in self._down.items() if name == peer}

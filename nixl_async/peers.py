@@ -93,6 +93,8 @@ class Peer:
     gone: str = ""
     checksums: frozenset[str] = frozenset()
     """The checksums that it computes for `verify`."""
+    traces: bool = False
+    """Whether it takes trace contexts with notifications."""
     revision: int = -1
     _places: list[tuple[int, str]] | None = field(default=None, repr=False)
 
@@ -245,6 +247,7 @@ class Announcement:
     more: bool = False
     """Whether the regions follow on the connection that it came by."""
     checksums: frozenset[str] = frozenset()
+    traces: bool = False
 
 
 def encode_announcement(
@@ -272,6 +275,7 @@ def encode_announcement(
         "backends": {backend: text.hex() for backend, text in descriptions.items()},
         "revision": revision,
         "checksums": available(),
+        "traces": True,
     }
     head = json.dumps(record | ({"more": True} if more else {}), separators=(",", ":")).encode()
     first, *others = pieces(region.record or region_record(region) for region in regions)
@@ -318,7 +322,15 @@ def decode_announcement(blob: bytes) -> Announcement:
         raise ProtocolError(f"the {RECORD} record of {metadata.agent!r} is malformed: {error!r}") from None
     more = record.get("more") is True
     return Announcement(
-        metadata.agent, incarnation, address, descriptions, regions, revision=revision, more=more, checksums=checksums
+        metadata.agent,
+        incarnation,
+        address,
+        descriptions,
+        regions,
+        revision=revision,
+        more=more,
+        checksums=checksums,
+        traces=record.get("traces") is True,
     )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from nixl_async.backend import Limits, Op
+from nixl_async.counters import TX, Traffic, direction
 from nixl_async.descriptors import Plan, concatenate
 from nixl_async.errors import PeerLost, Quarantined, TransferError
 from nixl_async.outages import Outage, Outages
@@ -109,7 +110,8 @@ class Scheduler:
 
     `shares`: how many bytes each class gets for each of the others' while all have work; those left out keep the default.
     `chance` returns a number from 0 to 1 by which back-offs are drawn from half to one and a half times their length.
-    `retries` counts pieces sent again by the same route, `failovers` transfers that moved to another one while they were waiting.
+    `retries` counts pieces sent again by the same route, `failovers` transfers that moved to another one while they were waiting;
+    `draining` is how many transfers are; `traffic` counts what is moved.
 
     Raises:
         ConfigurationError: a share is not a positive number.
@@ -120,8 +122,10 @@ class Scheduler:
         limits: Mapping[str, Limits],
         shares: Mapping[TrafficClass, float] | None = None,
         chance: Callable[[], float] = lambda: 0.5,
+        traffic: Traffic | None = None,
     ) -> None:
-        self.retries = self.failovers = 0
+        self.retries = self.failovers = self.draining = 0
+        self.traffic = Traffic() if traffic is None else traffic
         self.outages = Outages()
         self._chance = chance
         self._shares = read_shares(shares)
@@ -202,7 +206,10 @@ class Scheduler:
                     continue
                 record.move(complete, now)
                 self._finish(record, now)
-        self._counts[flight.parts[0][0].traffic_class].nbytes += flight.op.plan.nbytes
+        op, traffic_class = flight.op, flight.parts[0][0].traffic_class
+        self._counts[traffic_class].nbytes += op.plan.nbytes
+        way = TX if op.put else direction(op.plan, op.peer)
+        self.traffic.of(flight.backend.name, op.peer, traffic_class, way).nbytes += op.plan.nbytes
         self._dispatch(flight.backend, now)
         return self._take_actions()
 
@@ -328,6 +335,10 @@ class Scheduler:
         """Return the ops and bytes that `backend` has in flight."""
         queue = self._backends[backend]
         return queue.ops, queue.nbytes
+
+    def queues(self) -> list[BackendQueue]:
+        """Return what waits for each backend and what it has in flight."""
+        return list(self._backends.values())
 
     # The machine.
 
@@ -501,6 +512,7 @@ class Scheduler:
             self._finish(record, now)
             return
         record.move(TransferEvent.CANCEL if error is None else TransferEvent.ABORT, now)
+        self.draining += 1
         if not record.ops:
             self._drained(record, now)
             return
@@ -519,6 +531,7 @@ class Scheduler:
 
     def _drained(self, record: TransferRecord, now: float) -> None:
         if record.state is TransferState.DRAINING and not record.ops:
+            self.draining -= 1
             record.move(TransferEvent.DRAIN if record.error is not None else TransferEvent.DRAIN_CANCELLED, now)
             self._finish(record, now)
 
@@ -539,6 +552,7 @@ class Scheduler:
         )
         error.__cause__ = record.error
         record.error = error
+        self.draining -= 1
         record.move(TransferEvent.DRAIN, now)
         self._finish(record, now)
 
@@ -555,6 +569,8 @@ class Scheduler:
         count.live -= 1
         if record.state is TransferState.DONE:
             count.done += 1
+            way = TX if record.put else direction(record.plan, record.peer)
+            self.traffic.of(record.routes[0], record.peer, record.traffic_class, way).transfers += 1
             if record.deadline is not None and now > record.deadline:
                 count.late += 1
         self._actions.append(Finish(record))
@@ -587,6 +603,7 @@ class Scheduler:
                 waits = False
             assert (record.waits_in is not None) == waits, record
             assert self._by_peer[record.peer][record.id] is record
+        assert self.draining == sum(record.state is TransferState.DRAINING for record in self._records.values())
         assert sum(map(len, self._by_peer.values())) == len(self._records) == sum(c.live for c in self._counts.values())
         for backend in self._backends.values():
             mine = [flight for flight in self._flights.values() if flight.backend is backend]

@@ -27,6 +27,7 @@ MAX_FRAME_NBYTES = 256 << 20
 MAX_METADATA_NBYTES = 4 << 20
 """The largest METADATA or REGIONS frame: reading one takes a few milliseconds. Many regions travel in many."""
 MAX_SMALL_NBYTES = 64 << 10
+MAX_CONTEXT_NBYTES = 4096
 MAX_NAME_NBYTES = 255
 MAX_INCARNATION_NBYTES = 64
 Secrets: TypeAlias = Callable[[str], Sequence[bytes]]
@@ -88,6 +89,8 @@ class FrameType(enum.IntEnum):
     REJOIN = 26
     """JSON: `id` and `number`; before METADATA: the sender had given up the receiver in this life of both, as its loss of that
     number. Answered by FENCED when nothing is written any more that was sent on the connections before."""
+    CONTEXT = 27
+    """JSON: the trace context (W3C headers) of the NOTIFY frame that follows. Only to who announced that it knows it."""
 
 
 _MAX_NBYTES = {
@@ -101,6 +104,7 @@ _MAX_NBYTES = {
     FrameType.PING: 8,
     FrameType.PONG: 8,
     FrameType.VERIFY: 256 << 10,
+    FrameType.CONTEXT: MAX_CONTEXT_NBYTES,
 }
 """The largest payload of each kind of frame; of the others, MAX_SMALL_NBYTES."""
 

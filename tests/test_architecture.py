@@ -39,6 +39,8 @@ TESTED_ELSEWHERE = {
     "nixl_async/integrations/": "tests/upstream/run.sh",
     "nixl_async/tiers/__init__.py": "tests/tiers/test_store.py",
     "nixl_async/layers/__init__.py": "tests/layers/test_push.py",
+    "nixl_async/metrics/__init__.py": "tests/metrics/test_endpoint.py",
+    "nixl_async/metrics/families.py": "tests/metrics/test_readings.py",
     "nixl_async/discovery/__init__.py": "tests/discovery/test_finder.py",
     "nixl_async/layers/calls.py": "tests/layers/test_push.py",
     "nixl_async/layers/mover.py": "tests/layers/test_push.py",
@@ -72,7 +74,17 @@ def _test_of(source: Path) -> str:
         if text.startswith(start):
             return test
     room = "tests/backends" if text.startswith("backends/") else "tests"
-    for name in ("benchmarks", "benchmarks/kv", "benchmarks/serve", "discovery", "doctor", "http", "layers", "tiers"):
+    for name in (
+        "benchmarks",
+        "benchmarks/kv",
+        "benchmarks/serve",
+        "discovery",
+        "doctor",
+        "http",
+        "layers",
+        "metrics",
+        "tiers",
+    ):
         room = f"tests/{name}" if text.startswith(f"nixl_async/{name}/") else room
     return f"{room}/test_{source.stem}.py"
 

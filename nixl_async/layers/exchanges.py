@@ -22,7 +22,7 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nixl_async.errors import Aborted, ClosedError, ConfigurationError, NixlError, PeerLost
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nixl_async.handle import PreparedTransfer, Transfer
     from nixl_async.membership import Membership
     from nixl_async.notifications import Notification
+    from nixl_async.observers import Observers
     from nixl_async.streams import Streams
 
 logger = logging.getLogger("nixl_async.layers")
@@ -92,8 +93,16 @@ class Door(End, Protocol):
 class Exchanges:
     """The pushes and pulls of one agent, by peer and number."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, membership: Membership, streams: Streams, sender: Sender) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        membership: Membership,
+        streams: Streams,
+        sender: Sender,
+        observers: Observers,
+    ) -> None:
         self.loop = loop
+        self._observers = observers
         self.sender = sender
         self.streams = streams
         self._membership = membership
@@ -118,6 +127,12 @@ class Exchanges:
                 door.lost(ClosedError("the agent closes"))
         for task in self._tasks:
             task.cancel()
+
+    def note(self, kind: str, request: str, layers: Iterable[int]) -> None:
+        """Tell whoever listens that layers are ready, have landed at the peer or have arrived."""
+        if self._observers.noted is not None:
+            for layer in layers:
+                self._observers.noted(kind, request, layer)
 
     def check_peer(self, name: str) -> None:
         """Raise unless the peer is connected and knows layers.
@@ -185,11 +200,15 @@ class Exchanges:
         queue = self._outgoing.get(peer)
         if queue is not None:
             queue.append(payload)
-        elif peer in self._membership.peers and not self._membership.notify_nowait(peer, payload) and not self._closed:
+        elif peer in self._membership.peers and not self._send(peer, kind, payload) and not self._closed:
             self._outgoing[peer] = deque([payload])
             task = self.loop.create_task(self._drain(peer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _send(self, peer: str, kind: str, payload: bytes) -> bool:
+        trace = self._observers.trace
+        return self._membership.notify_nowait(peer, payload, b"" if trace is None or kind != "open" else trace(None))
 
     async def _drain(self, peer: str) -> None:
         queue = self._outgoing[peer]
@@ -210,6 +229,7 @@ class Exchanges:
             if not isinstance(kind, str) or not isinstance(number, int) or not isinstance(mine, bool):
                 raise TypeError(f"{kind!r}, {number!r}, {mine!r}")
             if kind == "open":
+                message["trace"] = notification.trace
                 self._opened(peer, number, message)
                 return
             end = self._ends.get((peer, not mine, number))

@@ -159,6 +159,7 @@ class Offer:
         if self._error is not None:
             raise self._error
         self._marked.update(chosen)
+        self._exchanges.note("ready", self.request, chosen)
         reached = None if after is None else self._exchanges.streams.reached(after)
         if reached is None:
             self._tell(chosen)

@@ -77,6 +77,7 @@ class Push:
             raise ClosedError("a push begins with `async with`")
         if self._error is not None:
             raise self._error
+        self._exchanges.note("ready", self._plan.request, chosen)
         # The stream as it is here: what is launched on it later belongs to later layers.
         self._mover.let_go(chosen, self._exchanges.streams.mark(after))
 
@@ -161,6 +162,7 @@ class Push:
         for layer in layers:
             if layer not in self._landed_layers:
                 self._landed_layers.add(layer)
+                self._exchanges.note("landed", self._plan.request, (layer,))
                 self._order.append(layer)
         self._wake()
 
@@ -215,6 +217,8 @@ class Incoming(LayerStream):
     def __init__(self, exchanges: Exchanges, request: str, peer: str | None) -> None:
         super().__init__(exchanges, request, None)
         self.peer = peer
+        self.trace = b""
+        """The trace context of the producer, for `nixl_async.tracing`; empty until it has come."""
         self._exchange: tuple[str, int] | None = None
         self._quiet: asyncio.Future[None] | None = None
         self._entered = False
@@ -270,6 +274,7 @@ class Incoming(LayerStream):
         if self._count not in (None, message["n"]):
             return f"it had {self._count} layers before, and has {message['n']}"
         self._count = message["n"]
+        self.trace = message["trace"]
         self._exchange = peer, number
         self._windowed, self._unsaid = message.get("window") is True, []
         # What is known of the producer before this one says nothing about this one.

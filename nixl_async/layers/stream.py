@@ -96,6 +96,7 @@ class LayerStream:
         for layer in layers:
             if layer not in self._arrived:
                 self._arrived[layer] = self._fresh[layer] = None
+                self._exchanges.note("arrived", self.request, (layer,))
             for release in self._holds.pop(layer, ()):
                 release()
         self._wake()

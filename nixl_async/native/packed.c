@@ -58,6 +58,7 @@ struct nx_packed {
     packed_client *clients[PACKED_PEERS];
     int n_clients;
     nx_region_table regions;
+    int64_t read_nbytes, written_nbytes; /* by peers; atomic */
     packed_thread *threads;
 };
 
@@ -112,6 +113,8 @@ static uint32_t packed_serve(packed_thread *self, packed_slot *slot) {
     }
     if (put)
         past_cache_done();
+    if (!status)
+        __atomic_fetch_add(put ? &server->written_nbytes : &server->read_nbytes, data - slot->data, __ATOMIC_RELAXED);
     packed_release(server, held, n_keys);
     return status;
 }
@@ -261,6 +264,12 @@ nx_packed *nx_packed_open(int threads, const uint8_t *nonce) {
 }
 
 int nx_packed_fd(nx_packed *server) { return server->fd; }
+
+/* How many bytes peers have had read from our memory and written to it. */
+void nx_packed_served(nx_packed *server, int64_t *nbytes) {
+    nbytes[0] = __atomic_load_n(&server->read_nbytes, __ATOMIC_RELAXED);
+    nbytes[1] = __atomic_load_n(&server->written_nbytes, __ATOMIC_RELAXED);
+}
 
 /* Ends the threads and frees everything; peers that ask for more are told that nobody serves. */
 void nx_packed_close(nx_packed *server) {

@@ -3,6 +3,7 @@ typedef struct nx_packed_peer nx_packed_peer;
 
 nx_packed *nx_packed_open(int threads, const uint8_t *nonce);
 int nx_packed_fd(nx_packed *server);
+void nx_packed_served(nx_packed *server, int64_t *nbytes);
 void nx_packed_close(nx_packed *server);
 int nx_packed_register(nx_packed *server, uint64_t key, int64_t address, int64_t nbytes, int readonly);
 int nx_packed_unregister(nx_packed *server, uint64_t key, int wait);

@@ -688,3 +688,9 @@ int nx_tcp_drop(nx_tcp_stream *stream) {
     tcp_post(stream->loop, command);
     return 0;
 }
+
+/* How many bytes peers have read from our memory and written to it by requests of theirs. */
+void nx_tcp_served(nx_tcp *engine, int64_t *nbytes) {
+    nbytes[0] = __atomic_load_n(&engine->read_nbytes, __ATOMIC_RELAXED);
+    nbytes[1] = __atomic_load_n(&engine->written_nbytes, __ATOMIC_RELAXED);
+}

@@ -22,3 +22,4 @@ int nx_tcp_cancel(nx_tcp_stream *stream, int64_t id);
 int nx_tcp_drop(nx_tcp_stream *stream);
 int nx_tcp_drop_accepted(nx_tcp *engine, const uint8_t *identity, int64_t n_identity, int64_t id, int dismiss);
 int nx_tcp_completions(nx_tcp *engine, int64_t *ids, int64_t *statuses, int max);
+void nx_tcp_served(nx_tcp *engine, int64_t *nbytes);

@@ -161,6 +161,7 @@ struct nx_tcp {
     pthread_mutex_t done_lock;
     tcp_completion *done;
     int64_t n_done, at_done, room_done;
+    int64_t read_nbytes, written_nbytes; /* by peers' requests that were granted; atomic */
     tcp_loop loops[];
 };
 

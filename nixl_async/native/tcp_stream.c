@@ -247,6 +247,8 @@ static int tcp_got_table(nx_tcp_stream *stream) {
     } else {
         stream->rx_frame = NULL;
         stream->phase = RX_HEAD;
+        if (!status)
+            __atomic_fetch_add(&engine->read_nbytes, (int64_t)total, __ATOMIC_RELAXED);
         tcp_answer(stream, frame, status ? TCP_REFUSED : TCP_DATA, status);
     }
     return 1;
@@ -262,6 +264,8 @@ static void tcp_got_payload(nx_tcp_stream *stream, int status) {
         tcp_ended_request(stream, (int64_t)frame->header.id, 0);
         tcp_free(engine, frame);
     } else {
+        if (!status)
+            __atomic_fetch_add(&engine->written_nbytes, (int64_t)frame->header.nbytes, __ATOMIC_RELAXED);
         tcp_answer(stream, frame, status ? TCP_REFUSED : TCP_ACK, status);
     }
 }

@@ -1,0 +1,239 @@
+"""Spans of transfers, and one trace over two processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+from nixl_async import Agent, ConfigurationError, LayerPlan, Notification, PeerLost, tracing
+from nixl_async.wire import FrameType, encode_frame
+from tests.agents import ROOT, TOKEN, agent_process, known, two_agents
+
+NBYTES = 1 << 20
+OTHER = """
+import asyncio, json, sys
+import numpy as np
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from nixl_async import Agent, tracing
+
+async def main():
+    kept, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    async with Agent("decode", token=sys.argv[1], backends=["tcp", "memory"]) as agent:
+        memory = await agent.register(np.zeros(1 << 20, np.uint8), name="kv")
+        copy = await agent.register(np.zeros(1 << 20, np.uint8), name="copy")
+        arrivals = agent.notifications()
+        with tracing.instrument(agent, provider):
+            print(json.dumps(await agent.serve()), flush=True)
+            for _ in range(3):
+                with tracing.attached(await anext(arrivals)):
+                    await agent.transfer(memory, copy)
+    spans = kept.get_finished_spans()
+    print(json.dumps([[f"{s.context.trace_id:032x}", f"{s.parent.span_id:016x}" if s.parent else None] for s in spans]))
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def exporter() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def provider(exporter: InMemorySpanExporter) -> Iterator[TracerProvider]:
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    yield provider
+    provider.shutdown()
+
+
+def names(span: ReadableSpan) -> list[str]:
+    return [event.name for event in span.events]
+
+
+async def test_a_transfer_is_a_span_with_its_stages(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        mine = await a.register(np.ones(NBYTES, np.uint8), name="mine")
+        await b.register(np.zeros(NBYTES, np.uint8), name="theirs")
+        await known(a, peer, "theirs")
+        tracer = provider.get_tracer("test")
+        with tracing.instrument(a, provider), tracer.start_as_current_span("request") as request:
+            await a.transfer(mine, peer.region("theirs"), traffic_class="latency")
+            await a.transfer(peer.region("theirs")[:100], mine[:100])
+        written, read, whole = exporter.get_finished_spans()
+        assert (written.name, read.name, whole.name) == ("nixl_async.write", "nixl_async.read", "request")
+        assert written.parent is not None
+        assert written.parent.span_id == request.get_span_context().span_id
+        assert read.parent is not None
+        assert names(written) == ["dispatched", "wire", "wire done"]
+        assert names(read) == []
+        assert written.attributes is not None
+        assert written.attributes["nixl_async.bytes"] == NBYTES
+        assert written.attributes["nixl_async.peer"] == "b"
+        assert written.attributes["nixl_async.backend"] == "tcp"
+        assert written.attributes["nixl_async.class"] == "latency"
+        assert written.attributes["nixl_async.state"] == "done"
+        assert read.attributes is not None
+        assert read.attributes["nixl_async.inline"] is True
+        times = [written.start_time, *(event.timestamp for event in written.events), written.end_time]
+        assert times == sorted(times, key=lambda at: at or 0)
+        exporter.clear()
+        await a.transfer(mine, peer.region("theirs"))
+        assert exporter.get_finished_spans() == ()
+
+
+async def test_what_fails_or_is_cancelled_says_so(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        mine = await a.register(np.ones(NBYTES, np.uint8), name="mine")
+        await b.register(np.zeros(NBYTES, np.uint8), name="theirs")
+        await known(a, peer, "theirs")
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with tracing.instrument(a, provider):
+            stopped = a.submit(mine, peer.region("theirs"), after=never)
+            lost = a.submit(mine, peer.region("theirs"), after=never)
+            stopped.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stopped
+            await a.disconnect("b")
+            with pytest.raises(PeerLost):
+                await lost
+        first, second = exporter.get_finished_spans()
+        assert names(first) == []
+        assert (first.attributes or {})["nixl_async.state"] == "cancelled"
+        assert first.status.status_code is trace.StatusCode.UNSET
+        assert second.status.status_code is trace.StatusCode.ERROR
+        assert "PeerLost" in (second.status.description or "")
+        assert "exception" in names(second)
+
+
+async def test_one_trace_goes_over_two_processes(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    command = [sys.executable, "-c", OTHER, TOKEN]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=pipe)
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60), Agent("prefill", token=TOKEN, backends=["tcp"]) as agent:
+            host, port = json.loads(await process.stdout.readline())
+            peer = await agent.connect((host, port))
+            mine = await agent.register(np.ones(NBYTES, np.uint8))
+            tracer = provider.get_tracer("test")
+            with tracing.instrument(agent, provider):
+                # By the scheduler, copied at once, and alone.
+                with tracer.start_as_current_span("first"):
+                    await agent.transfer(mine, peer.region("kv"), notify=b"1")
+                await agent.transfer(mine[:64], peer.region("kv")[:64], notify=b"2")
+                with tracer.start_as_current_span("third"):
+                    await agent.notify(peer, b"3")
+            told = json.loads(await process.stdout.readline())
+            await process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    spans = {span.name + str(at): span.context for at, span in enumerate(exporter.get_finished_spans())}
+    parents = [spans["nixl_async.write0"], spans["nixl_async.write2"], spans["third3"]]
+    assert told == [[f"{one.trace_id:032x}", f"{one.span_id:016x}"] for one in parents if one is not None]
+    assert len({trace_id for trace_id, _ in told}) == 3
+
+
+async def test_a_push_brings_the_trace_of_its_producer(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        mine = await a.register(np.ones(NBYTES, np.uint8), name="mine")
+        await b.register(np.zeros(NBYTES, np.uint8), name="theirs")
+        await known(a, peer, "theirs")
+        plan = LayerPlan("request 7", [(mine, peer.region("theirs"))])
+        tracer = provider.get_tracer("test")
+        async with b.incoming("request 7") as incoming:
+            assert incoming.trace == b""
+            with tracing.instrument(a, provider), tracer.start_as_current_span("prefill") as prefill:
+                async with a.push(peer, plan) as push:
+                    push.ready(0)
+            assert [layer async for layer in incoming.layers()] == [0]
+            with tracing.attached(incoming), tracer.start_as_current_span("decode"):
+                pass
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    for name in ("nixl_async.write", "decode"):
+        parent = spans[name].parent
+        assert parent is not None
+        assert (parent.trace_id, parent.span_id) == (prefill.get_span_context().trace_id, prefill.get_span_context().span_id)
+
+
+async def test_a_peer_that_does_not_know_contexts_gets_the_notification_alone(provider: TracerProvider) -> None:
+    sent: list[bytes] = []
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        assert peer.traces
+        assert peer.link is not None
+        send = peer.link.send
+        peer.link.send = lambda frame: (sent.append(frame), send(frame))[1]  # type: ignore[method-assign]
+        arrivals = b.notifications()
+        tracer = provider.get_tracer("test")
+        with tracing.instrument(a, provider), tracer.start_as_current_span("request"):
+            await a.notify(peer, b"with")
+            assert (await anext(arrivals)).trace
+            peer.traces = False
+            await a.notify(peer, b"without")
+            notification = await anext(arrivals)
+        assert notification == Notification("a", b"without")
+        assert notification.trace == b""
+        peer.traces = True
+        await a.notify(peer, b"not traced")
+        assert (await anext(arrivals)).trace == b""
+    assert sent[0].endswith(encode_frame(FrameType.NOTIFY, b"with"))
+    assert sent[0] != encode_frame(FrameType.NOTIFY, b"with")
+    assert sent[1] == encode_frame(FrameType.NOTIFY, b"without")
+    assert sent[2] == encode_frame(FrameType.NOTIFY, b"not traced")
+
+
+@pytest.mark.parametrize(
+    "given", [b"", b"{", b"[]", b'{"traceparent":3}', b'{"traceparent":"00-zz-1-01"}', b"\xff", b"[" * 5000]
+)
+async def test_a_malformed_context_is_none(given: bytes) -> None:
+    notification = Notification("a", b"", given)
+    assert not trace.get_current_span(tracing.context(notification)).get_span_context().is_valid
+    with tracing.attached(notification):
+        assert not trace.get_current_span().get_span_context().is_valid
+
+
+async def test_what_is_not_sampled_is_not_described(exporter: InMemorySpanExporter) -> None:
+    provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    async with agent_process("other") as other, Agent("a", token=TOKEN) as a:
+        peer = await a.connect(other.address)
+        mine = await a.register(np.ones(1 << 20, np.uint8))
+        with tracing.instrument(a, provider) as made:
+            await a.transfer(mine, peer.region("memory"), notify=b"x")
+            await a.transfer(mine[:64], peer.region("memory")[:64])
+            assert (made._open, made._finished) == ({}, {})
+    assert exporter.get_finished_spans() == ()
+
+
+async def test_an_agent_is_instrumented_once() -> None:
+    async with two_agents(backends=["tcp"]) as (a, _, _):
+        with tracing.instrument(a), pytest.raises(ConfigurationError, match="uninstrument"):
+            tracing.instrument(a)
+        with tracing.instrument(a):
+            pass
+        assert a._observers.submitted is None
+        assert a._observers.trace is None
+
+
+def test_without_opentelemetry_it_says_what_to_install() -> None:
+    program = "import sys; sys.modules['opentelemetry'] = None\nimport nixl_async.tracing"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert "MissingDependency" in ran.stderr
+    assert "nixl-async[tracing]" in ran.stderr
