@@ -28,6 +28,7 @@ NIXL_NAMES = {"ucx": "UCX"}
 PIECE_REGIONS = 64
 PIECE_NBYTES = 16 << 10
 """At most so much of the list of regions is read or written at once; a region that is larger goes alone."""
+PIECE_PREFIX = b'{"piece":'
 LARGE_NBYTES = 128 << 10
 """Metadata above this size is read on a thread."""
 _KIND_NUMBERS = {MemoryKind.DRAM: 0, MemoryKind.VRAM: 1}

@@ -33,6 +33,7 @@ TESTED_ELSEWHERE = {
     "backends/s3_bucket": "tests/backends/test_s3.py",
     "backends/s3_upload": "tests/backends/test_s3.py",
     "nixl_async/relay.py": "tests/test_staging.py",
+    "nixl_async/superseding.py": "tests/test_simultaneous.py",
     "nixl_async/cuda_lane.py": "tests/gpu/test_cuda_gpu.py",
     "nixl_async/compat/": "tests/compat/test_behaviours.py",
     "nixl_async/integrations/dynamo_connect/": "tests/integrations/test_dynamo_connect.py",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nixl_async import Agent, BackendError, PeerLost, Quarantined, load_backend, membership
+from nixl_async import Agent, BackendError, PeerLost, Quarantined, fences, load_backend
 from nixl_async.backend import PeerInfo
 from nixl_async.backends.samehost import SameHostBackend
 from nixl_async.backends.tcp import TCPBackend
@@ -144,7 +144,7 @@ async def test_what_lies_in_a_stopped_peers_socket_is_waited_for() -> None:
 
 @pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
 async def test_what_the_peer_does_not_confirm_is_quarantined(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
-    monkeypatch.setattr(membership, "FENCE_SECONDS", 0.1)
+    monkeypatch.setattr(fences, "FENCE_SECONDS", 0.1)
     async with far_away(["samehost"]) as (near, far, tcp, _):
         nbytes = 4096 if small else NBYTES
         here = await near.register(np.ones(NBYTES, np.uint8), name="mine")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nixl_async import Agent, BackendError, PeerLost, ProtocolError, membership
+from nixl_async import Agent, BackendError, PeerLost, ProtocolError, joining, membership
 from nixl_async.backend import PeerInfo
 from nixl_async.backends.memory import MemoryBackend
 from nixl_async.backends.tcp import TCPBackend
@@ -29,7 +29,7 @@ from tests.test_failover import NBYTES, SECONDS, Distant, digest
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(joining, "PROBE_SECONDS", 0.2)
 
 
 @asynccontextmanager
@@ -293,7 +293,7 @@ async def test_a_peer_that_does_not_confirm_is_not_taken_back() -> None:
                     await a.connect((HOST, port))
             assert raised.value.retryable
             assert "b" not in a.peers
-            assert a._membership._answers == a._membership._rejoins == {}
+            assert a._membership._questions._answers == a._membership._joining._rejoins == {}
             tcp.stuck.set()
             tcp.error = "out of memory"
             with pytest.raises(PeerLost, match="'b' cannot confirm .*out of memory"):
@@ -304,13 +304,13 @@ async def test_a_peer_that_does_not_confirm_is_not_taken_back() -> None:
                 await a.connect((HOST, port))
                 await b.wait_peer("a")
                 await works(a, b)
-            assert b._membership._rejoining == set()
-            assert list(b._membership._returned) == [("a", a.incarnation)]
+            assert b._membership._joining._rejoining == set()
+            assert list(b._membership._joining._returned) == [("a", a.incarnation)]
             await a.disconnect("b")
             async with asyncio.timeout(SECONDS):
-                while b._membership._returned:
+                while b._membership._joining._returned:
                     await asyncio.sleep(0)
-            assert b._membership._joining == {}
+            assert b._membership._joining._turns == {}
 
 
 async def test_who_left_says_so_when_it_comes_back_and_is_taken_in_at_once() -> None:
@@ -350,15 +350,15 @@ async def test_a_life_before_is_parted_from_before_the_next_is_told_of_anything(
 async def test_who_is_lost_while_it_joins_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Agent("a", token=TOKEN, backends=["memory"]) as a, Agent("b", token=TOKEN, backends=["memory"]) as b:
         address = await b.serve(HOST, 0)
-        members = a._membership
-        tell = members._tell
+        joining = a._membership._joining
+        tell = joining._tell
 
         def tell_and_lose(link: Link) -> None:
             tell(link)
-            members._losses.add("b", b.incarnation)
+            a._membership._members.losses.add("b", b.incarnation)
 
         with monkeypatch.context() as patched:
-            patched.setattr(members, "_tell", tell_and_lose)
+            patched.setattr(joining, "_tell", tell_and_lose)
             with pytest.raises(PeerLost, match="was lost while it joined") as raised:
                 await a.connect(address)
         assert raised.value.retryable

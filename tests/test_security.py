@@ -458,7 +458,7 @@ async def test_who_does_not_end_its_metadata_does_not_join() -> None:
         async with stranger(b.address) as one:  # type: ignore[arg-type]
             await one.authenticate("mallory", TOKEN.encode())
             one.writer.write(BEGUN + encode_frame(FrameType.REGIONS, PIECE % b"false") + encode_frame(FrameType.NOTIFY, b"x"))
-            while not b._membership._gathering:
+            while not b._membership._peer_regions._gathering:
                 await asyncio.sleep(0)
             await _still_fine(a, b)
             assert set(b.peers) == {"a"}
@@ -466,7 +466,7 @@ async def test_who_does_not_end_its_metadata_does_not_join() -> None:
             note = await anext(b.notifications())
             assert (note.peer, note.payload) == ("mallory", b"x")
             assert set(b.peers["mallory"].regions) == {"kv"}
-        assert not b._membership._gathering
+        assert not b._membership._peer_regions._gathering
 
 
 async def test_nobody_speaks_for_another_after_joining() -> None:
