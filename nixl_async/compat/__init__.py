@@ -5,9 +5,9 @@ for a process and all that it starts. `nixl-async run-as-nixl -- COMMAND` does t
 Who wants them installed installs the distribution in `distribution/`, which is called nixl-async-compat.
 
 NIXL's settings hold, from the environment or from its TOML file (`settings`): NIXL_ETCD_ENDPOINTS and NIXL_ETCD_NAMESPACE
-(`central`), NIXL_TELEMETRY_* (`telemetry`, `prometheus`), NIXL_LOG_LEVEL (`log`). Ours are NIXL_ASYNC_HOST and
-NIXL_ASYNC_VRAM_ON_HOST (`lane`), and NIXL_ASYNC_TOKEN, in place of the secret that is in the metadata else. What tunes NIXL's
-threads, delays and UCX is taken and ignored.
+(`central_etcd`), NIXL_TCPSTORE_ENDPOINT and its timeouts (`central_tcpstore`), NIXL_TELEMETRY_* (`telemetry`, `prometheus`),
+NIXL_LOG_LEVEL (`log`). Ours are NIXL_ASYNC_HOST and NIXL_ASYNC_VRAM_ON_HOST (`lane`), and NIXL_ASYNC_TOKEN, in place of the secret
+that is in the metadata else. What tunes NIXL's threads, delays and UCX is taken and ignored.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nixl_async.compat import central
+from nixl_async.compat.central import Central
+from nixl_async.compat.central_stores import CHOICE, central_of
 from nixl_async.compat.core import Core
 from nixl_async.compat.engine import ENGINE
 from nixl_async.compat.enums import nixl_cost_t, nixl_mem_t, nixl_status_t, nixl_thread_sync_t, nixl_xfer_op_t
@@ -36,7 +37,7 @@ from nixl_async.compat.log import get_logger
 from nixl_async.compat.plugins import PLUGINS
 from nixl_async.compat.polled import Calls
 from nixl_async.compat.requests import Request
-from nixl_async.compat.settings import setting, switch
+from nixl_async.compat.settings import switch
 from nixl_async.compat.telemetry import open_telemetry
 from nixl_async.errors import NixlError
 
@@ -65,7 +66,6 @@ NIXL_THREAD_SYNC_RW = nixl_thread_sync_t.NIXL_THREAD_SYNC_RW
 NIXL_THREAD_SYNC_DEFAULT = nixl_thread_sync_t.NIXL_THREAD_SYNC_DEFAULT
 
 _ENABLE_VARIABLE = "NIXL_TELEMETRY_ENABLE"
-_TCPSTORE_VARIABLE = "NIXL_TCPSTORE_ENDPOINT"
 
 
 class nixlAgentConfig:
@@ -126,14 +126,13 @@ class nixlAgent(Calls):
             asyncio._get_running_loop,
             self._telemetry,
         )
-        self._central: central.Central | None = None
+        self._central: Central | None = None
         listener = Listener(core)
         try:
             if self._telemetry and (telemetry := open_telemetry(name)) is not None:
                 core.export_to(telemetry)
-            if endpoints := setting(central.ENDPOINTS_VARIABLE):
-                namespace = setting(central.NAMESPACE_VARIABLE) or central.NAMESPACE
-                self._central = central.Central(core, endpoints, namespace, config.etcdWatchTimeout.total_seconds())
+            self._central = central_of(core, config.etcdWatchTimeout.total_seconds())
+            if self._central is not None:
                 core.run(self._central.open())
             core.run(listener.open(config.listenPort if config.useListenThread else None))
         except OSError as error:
@@ -384,18 +383,12 @@ class nixlAgent(Calls):
         assert self._listener is not None
         return self._listener
 
-    def _stored(self) -> central.Central:
-        if self._central is not None:
-            return self._central
-        if setting(_TCPSTORE_VARIABLE):
+    def _stored(self) -> Central:
+        if self._central is None:
             raise refusal(
-                nixlNotSupportedError,
-                f"{_TCPSTORE_VARIABLE} is set, but here metadata goes through etcd ({central.ENDPOINTS_VARIABLE}); or give ip_addr",
+                nixlInvalidParamError, f"give the ip_addr of the agent: {CHOICE} was not set when this agent was made"
             )
-        raise refusal(
-            nixlInvalidParamError,
-            f"give the ip_addr of the agent: {central.ENDPOINTS_VARIABLE} was not set when this agent was made",
-        )
+        return self._central
 
 
 def _captures(asked: bool) -> bool:

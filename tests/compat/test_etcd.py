@@ -16,7 +16,7 @@ from nixl_async.testing.servers import free_ports
 from tests.compat.etcd_server import INSTALL, EtcdServer, program
 from tests.compat.test_behaviours import NIXL_PYTHON, dropin, names, needs_nixl, run
 
-FILE = "through_etcd.py"
+FILE, COMMON = "through_etcd.py", "through_store.py"
 PATIENCE_SECONDS = 20.0
 
 
@@ -45,21 +45,21 @@ def mixed(etcd: EtcdServer) -> dict[str, str]:
     return dropin(FILE, NIXL_PYTHON=NIXL_PYTHON, NIXL_ETCD_ENDPOINTS=etcd.url)
 
 
-@pytest.mark.parametrize("name", names(FILE))
+@pytest.mark.parametrize("name", names(FILE) + names(COMMON))
 def test_drop_in_agents(name: str, ours: dict[str, str]) -> None:
     assert not ours[name], ours[name]
 
 
 @needs_nixl
 @pytest.mark.nixl
-@pytest.mark.parametrize("name", names(FILE))
+@pytest.mark.parametrize("name", names(FILE) + names(COMMON))
 def test_nixl_agents(name: str, stock: dict[str, str]) -> None:
     assert not stock[name], stock[name]
 
 
 @needs_nixl
 @pytest.mark.nixl
-@pytest.mark.parametrize("name", names(FILE))
+@pytest.mark.parametrize("name", names(FILE) + names(COMMON))
 def test_a_drop_in_agent_and_one_of_nixl(name: str, mixed: dict[str, str]) -> None:
     assert not mixed[name], mixed[name]
 

@@ -15,13 +15,15 @@ environment() {
     "${PYTHON:-python3}" -m venv "$ENV"
     "$ENV/bin/python" -m pip install --quiet torch==2.13.0 numpy
     "$ENV/bin/python" -m pip install --quiet --editable "$ROOT"
-    local package
+    local package alone=() with_needs=()
     for package in "$@"; do
         case $package in
-        =*) "$ENV/bin/python" -m pip install --quiet --no-deps "${package#=}" ;;
-        *) "$ENV/bin/python" -m pip install --quiet "$package" ;;
+        =*) alone+=("${package#=}") ;;
+        *) with_needs+=("$package") ;;
         esac
     done
+    [ ${#with_needs[@]} = 0 ] || "$ENV/bin/python" -m pip install --quiet "${with_needs[@]}"
+    [ ${#alone[@]} = 0 ] || "$ENV/bin/python" -m pip install --quiet --no-deps "${alone[@]}"
     echo "$*" >"$ENV/made-of"
 }
 

@@ -34,7 +34,8 @@ BATCHES = 10
 """How often medians of ROUNDS are taken while ours is too long: the machine may have other work."""
 STOCK_READ_SECONDS = 5.1e-3
 """What a 1 MiB read costs Dynamo's module at the least, on stock NIXL and on an idle machine: it polls after 5 ms at first."""
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
+"""How long a worker may take to start, on cores that others use too, or to answer."""
 DEATH_SECONDS = 10.0
 
 

@@ -24,6 +24,7 @@ from nixl_async.testing.servers import free_ports
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 from tests.compat.etcd_server import EtcdServer  # noqa: E402
+from tests.discovery.tcp_server import TCPServer  # noqa: E402
 
 COMPAT = ROOT / "tests/compat"
 ROLES = Path(__file__).with_name("roles.py")
@@ -111,12 +112,25 @@ def etcd_running():
             server.stop()
 
 
-def through_etcd(python, dropin, own_api):
-    with etcd_running() as url:
-        ours = {"file": "through_etcd.py", "NIXL_ETCD_ENDPOINTS": url}
-        behaviours(python, "the drop-in", dropin, **ours)
-        behaviours(python, "NIXL's own _api.py on the low layer", own_api, **ours)
-        behaviours(python, "the drop-in and NIXL", dropin, **ours, NIXL_PYTHON=python)
+@contextmanager
+def tcpstore_running():
+    server = TCPServer()
+    server.start()
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        server.stop()
+
+
+def through_stores(python, dropin, own_api):
+    with etcd_running() as url, tcpstore_running() as endpoint:
+        for ours in (
+            {"file": "through_etcd.py", "NIXL_ETCD_ENDPOINTS": url},
+            {"file": "through_tcpstore.py", "NIXL_TCPSTORE_ENDPOINT": endpoint},
+        ):
+            behaviours(python, "the drop-in", dropin, **ours)
+            behaviours(python, "NIXL's own _api.py on the low layer", own_api, **ours)
+            behaviours(python, "the drop-in and NIXL", dropin, **ours, NIXL_PYTHON=python)
 
 
 def partial_ports():
@@ -183,7 +197,7 @@ def main(python, own_api, source=None):
     dropin = nixl_async.compat.path()
     behaviours(python, "the drop-in", dropin)
     behaviours(python, "NIXL's own _api.py on the low layer", own_api)
-    through_etcd(python, dropin, own_api)
+    through_stores(python, dropin, own_api)
     telemetry(python, dropin)
     for scenario in SCENARIOS:
         for label, paths in (

@@ -10,6 +10,8 @@ MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_si
 MODEL |= {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "hidden_size": 256}
 MODEL |= {"max_position_embeddings": 2048, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2}
 TOKENS = 12
+ANSWER_SECONDS = 300
+"""How long an engine may take to start, on cores that others use too, or to answer."""
 
 
 def serve(connection, folder, role, extra):
@@ -104,7 +106,7 @@ def prompts(seed):
 
 
 def answer(connection):
-    assert connection.poll(120)
+    assert connection.poll(ANSWER_SECONDS), f"no answer for {ANSWER_SECONDS} s"
     return connection.recv()
 
 
