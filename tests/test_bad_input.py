@@ -68,7 +68,7 @@ async def test_descriptors(make: Any, error: type[Exception], text: str) -> None
         np.array([object()]),
         memoryview(bytearray(8))[::2],
     ],
-    ids=repr,
+    ids=["nothing", "strides", "no bytes", "text", "None", "a number", "a list", "objects", "a view with strides"],
 )
 async def test_memory_that_cannot_be_registered(memory: Any) -> None:
     async with Agent("a", backends=["memory"]) as a:
