@@ -12,12 +12,12 @@ import itertools
 import operator
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from nixl_async.errors import DescriptorError
-from nixl_async.native import ffi, int64, lib
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -128,9 +128,7 @@ class Region:
         copied: Any = np.empty(len(chosen), np.int32)
         if n_pages >= 1 << 31:
             copied = chosen.astype(np.int64)
-        elif lib.nx_page_indices(
-            _pointer(chosen), chosen.itemsize, len(chosen), n_pages, ffi.from_buffer("int32_t[]", copied)
-        ):
+        elif _check_indices(chosen, n_pages, copied):
             return Descriptor.paged(self, copied, page_nbytes, stride, offset)
         _check_bounds("page index", chosen, n_pages, f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes")
         return Descriptor.paged(self, copied, page_nbytes, stride, offset)
@@ -529,9 +527,24 @@ def _repeated(nbytes: int, n: int) -> Array:
     return array
 
 
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    """Return the compiled module: whoever moves nothing, such as a program that runs in NIXL's environment, need not have it."""
+    from nixl_async import native
+
+    return native
+
+
 def _pointer(array: Any) -> Any:
     """Return a C pointer to an array's data, for as long as it lives."""
-    return ffi.from_buffer(array)
+    return _compiled().ffi.from_buffer(array)
+
+
+def _check_indices(indices: Any, limit: int, to: Any) -> bool:
+    """Copy page indices as 32-bit ones; tell whether all of them are less than `limit` and none is negative."""
+    native = _compiled()
+    room = native.ffi.from_buffer("int32_t[]", to)
+    return bool(native.lib.nx_page_indices(_pointer(indices), indices.itemsize, len(indices), limit, room))
 
 
 def _positive(what: str, value: int) -> int:
@@ -609,13 +622,14 @@ def _are_alike(sources: list[Descriptor], targets: list[Descriptor]) -> bool:
 
 def _pair_pages(sources: list[Descriptor], targets: list[Descriptor]) -> tuple[Side, Side, Array]:
     """Pair lists that are alike, in one pass over each pair."""
-    n = sum(map(len, sources))
+    native = _compiled()
+    n, int64 = sum(map(len, sources)), native.int64
     a, b, lengths = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     counts, at = [], 0
     for source, target in zip(sources, targets, strict=True):
         room = int64(a[at:]), int64(b[at:]), int64(lengths[at:])
         page_nbytes, pages = source.page_nbytes, len(source)
-        count = lib.nx_pair_pages(*source.places(), *target.places(), pages, page_nbytes, *room)
+        count = native.lib.nx_pair_pages(*source.places(), *target.places(), pages, page_nbytes, *room)
         if count == pages and len(sources) > 1:
             lengths[at : at + count] = page_nbytes
         counts.append(count)
