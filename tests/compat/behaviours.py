@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import pickle
+import random
 import socket
 import struct
 import sys
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -873,9 +874,11 @@ def a_removed_agent_is_unknown():
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    # Below those that the kernel gives to connections: what runs beside might get it meanwhile.
+    while True:
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("", random.randrange(15000, 32000)))
+            return sock.getsockname()[1]
 
 
 @behaviour
