@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
@@ -285,12 +286,25 @@ def top(
     from nixl_async.top import watch
 
     console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
+    stop = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        # An exception that is raised while an object is being freed is lost: the first interruption is remembered instead.
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        watch(socket, seconds, rounds, console)
+        watch(socket, seconds, rounds, console, stop)
     except ConfigurationError as error:
         raise _fail(str(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if stop.is_set():
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()

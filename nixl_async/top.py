@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,23 @@ MAX_ROWS = 20
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def watch(path: str | Path, seconds: float, rounds: int | None, console: Console) -> None:
-    """Show the agents of the process at `path` every `seconds`, for as many `rounds`, or until it is interrupted or gone.
+def watch(path: str | Path, seconds: float, rounds: int | None, console: Console, stop: threading.Event | None = None) -> None:
+    """Show the agents of the process at `path` every `seconds`, for as many `rounds`, or until `stop` is set or it is gone.
 
     Raises:
         ConfigurationError: nobody answers there.
     """
     before: dict[str, Any] | None = None
+    stop = stop or threading.Event()
     with Live(console=console, screen=console.is_terminal and rounds is None, auto_refresh=False) as live:
-        while rounds is None or rounds > 0:
+        while (rounds is None or rounds > 0) and not stop.is_set():
             told = ask(path, {"do": "dump", "limit": MAX_ROWS})
             live.update(render(told, before), refresh=True)
             before = told
             if rounds is not None:
                 rounds -= 1
             if rounds != 0:
-                time.sleep(seconds)
+                stop.wait(seconds)
 
 
 def render(told: dict[str, Any], before: dict[str, Any] | None) -> RenderableType:
