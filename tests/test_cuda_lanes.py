@@ -82,6 +82,8 @@ async def test_what_is_brief_has_ended_when_it_is_launched(host: Host, lanes: La
 async def test_a_busy_device_is_not_waited_for_again_and_again(
     host: Host, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What looks for failed devices asks as well.
+    monkeypatch.setattr("nixl_async.cuda_lanes._LOOK_SECONDS", 60.0)
     await lanes.launch(0, run)
     host.state = NOT_READY
     asked: list[int] = []
