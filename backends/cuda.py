@@ -18,7 +18,7 @@ from nixl_async.backend import Backend, Begun, Host, Limits, Op, quiesce
 from nixl_async.cuda import allow_access, check_region, need_cupy, need_device, pinned_address, reaches
 from nixl_async.cuda_kernels import REACH_NBYTES, Far, shifted
 from nixl_async.cuda_lane import Lane
-from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes
+from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes, begun
 from nixl_async.descriptors import MemoryKind, Plan, Region, Side
 from nixl_async.errors import BackendError, ConfigurationError
 from nixl_async.memory import MemoryRegion
@@ -119,9 +119,7 @@ class CUDABackend(Backend):
         device = _pusher(plan.src, plan.dst) if plan.src.kind is plan.dst.kind else None
         if device is None or lanes.launched >= (MAX_LAUNCHED if op.nbytes <= SMALL_NBYTES else 1):
             return False
-        launched = _launch(lanes, device, plan)
-        # A launch cannot be taken back.
-        return (launched.done() and not launched.exception()) or Begun(launched, lambda: None)
+        return begun(_launch(lanes, device, plan))
 
     async def copy(self, op: Op) -> None:
         """Copy every segment; when cancelled, wait for the launch, or for the chunks that are under way."""

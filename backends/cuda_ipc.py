@@ -37,7 +37,7 @@ from nixl_async.cuda import (
 )
 from nixl_async.cuda_kernels import REACH_NBYTES, Far, shifted
 from nixl_async.cuda_lane import Lane
-from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes
+from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes, begun
 from nixl_async.descriptors import MemoryKind, Plan, Region, Side
 from nixl_async.errors import BackendError, PeerLost
 from nixl_async.memory import MemoryRegion, RemoteRegion
@@ -224,9 +224,7 @@ class CUDAIPCBackend(Backend):
             self._mapping(peer, region, ours.regions[0].device).pointer for region in theirs.regions
         ):
             return False
-        begun = self._begin(op, peer)
-        # A launch cannot be taken back.
-        return (begun.done() and not begun.exception()) or Begun(begun, lambda: None)
+        return begun(self._begin(op, peer))
 
     async def copy(self, op: Op) -> None:
         """Copy all segments by one kernel; when cancelled, wait for it."""

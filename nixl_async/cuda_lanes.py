@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nixl_async.backend import Begun
 from nixl_async.cuda import check, entered, load_driver
 from nixl_async.cuda_kernels import is_compiled, kernels
 from nixl_async.cuda_lane import Lane
@@ -53,6 +54,11 @@ class _Job:
     future: asyncio.Future[None]
     brief: bool
     lane: Lane | None = None
+
+
+def begun(launched: asyncio.Future[None]) -> bool | Begun:
+    """Return what `Backend.copy_now` tells of a launch: that it has ended, or what waits for it, since it cannot be taken back."""
+    return (launched.done() and not launched.exception()) or Begun(launched, lambda: None)
 
 
 class Lanes:

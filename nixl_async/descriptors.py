@@ -125,12 +125,10 @@ class Region:
         chosen = integers("indices", indices, as_given=np.int32)
         n_pages = max(0, (self.nbytes - offset - page_nbytes) // stride + 1)
         # 32 bits where they do: half the memory is half the page faults, which cost more than the copying.
-        copied: Any = np.empty(len(chosen), np.int32)
-        if n_pages >= 1 << 31:
-            copied = chosen.astype(np.int64)
-        elif _check_indices(chosen, n_pages, copied):
-            return Descriptor.paged(self, copied, page_nbytes, stride, offset)
-        _check_bounds("page index", chosen, n_pages, f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes")
+        narrow = n_pages < 1 << 31
+        copied: Any = np.empty(len(chosen), np.int32) if narrow else chosen.astype(np.int64)
+        if not (narrow and _check_indices(chosen, n_pages, copied)):
+            _check_bounds("page index", chosen, n_pages, f"region {self.name!r} holds {n_pages} pages of {page_nbytes} bytes")
         return Descriptor.paged(self, copied, page_nbytes, stride, offset)
 
     def ranges(self, offsets: ArrayLike, nbytes: ArrayLike) -> Descriptor:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nixl_async.demo.run import Side, end, require_memory
+from nixl_async.demo.run import LINE_NBYTES, Side, end, require_memory
 
 REASON_SECONDS = 1.0
-LINE_NBYTES = 64 << 20
 PROCESS_NBYTES = 60 << 20
 """What an interpreter with the library takes, roughly."""
 # -P: a checkout in the working directory must not take the place of the package that is running.
@@ -78,6 +77,22 @@ def check_memory(needed: int, ranks: int, advice: str) -> None:
     require_memory(needed + ranks * PROCESS_NBYTES, f"{ranks} processes need", advice)
 
 
+async def start(program: Sequence[str]) -> asyncio.subprocess.Process:
+    """Start a process of this interpreter and this package, which is told and says lines of at most `LINE_NBYTES`."""
+    path = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *program,
+        stdin=pipe,
+        stdout=pipe,
+        env=os.environ | {"PYTHONPATH": path},
+        limit=LINE_NBYTES,
+        # Ctrl-C is for the program that started them, which ends them.
+        process_group=0,
+    )
+
+
 async def run_ranks(
     setups: Sequence[dict[str, Any]], on_event: Callable[[int, dict[str, Any]], None] = lambda rank, message: None
 ) -> list[dict[str, Any]]:
@@ -88,21 +103,10 @@ async def run_ranks(
     Raises:
         RanksFailed: a process died or reported an error.
     """
-    path = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
     job = _Ranks(on_event=on_event)
     try:
         for number, setup in enumerate(setups):
-            pipe = asyncio.subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *PROGRAM,
-                stdin=pipe,
-                stdout=pipe,
-                env=os.environ | {"PYTHONPATH": path},
-                limit=LINE_NBYTES,
-                # Ctrl-C is for the program that started them, which ends them.
-                process_group=0,
-            )
+            process = await start(PROGRAM)
             job.ranks.append(_Rank(f"rank {number}", process, number=number))
             on_event(number, {"event": "started", "pid": process.pid})
             await job.ranks[-1].send({"rank": number, "world": len(setups), **setup})

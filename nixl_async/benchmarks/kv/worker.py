@@ -7,7 +7,8 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from nixl_async.benchmarks.kv import profiling, traffic
@@ -46,12 +47,20 @@ class Parent:
         return await self._answers[key]
 
 
-async def _main() -> int:
-    loop = asyncio.get_running_loop()
+@asynccontextmanager
+async def parent_of_us() -> AsyncIterator[Parent]:
+    """Listen to the program that started this process, by standard input."""
     reader = asyncio.StreamReader(limit=1 << 26)
+    loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    parent = Parent(reader)
     try:
+        yield Parent(reader)
+    finally:
+        transport.close()
+
+
+async def _main() -> int:
+    async with parent_of_us() as parent:
         setup = await parent.hear()
         if not setup:
             # Whoever started us went away before there was work.
@@ -65,8 +74,6 @@ async def _main() -> int:
         told.cancel()
         await asyncio.wait([work, told])
         return 1 if stopped else _outcome(work, parent)
-    finally:
-        transport.close()
 
 
 def _outcome(work: asyncio.Task[dict[str, Any]], parent: Parent) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nixl_async.benchmarks.kv.processes import PACKAGE_PARENT, RanksFailed
-from nixl_async.demo.run import LINE_NBYTES, Side, end
+from nixl_async.benchmarks.kv.processes import RanksFailed, start
+from nixl_async.demo.run import Side, end
 
 # -P: a checkout in the working directory must not take the place of the package that is running.
 PROGRAM = ("-P", "-m", "nixl_async.benchmarks.serve.worker")
@@ -77,19 +75,8 @@ class Fleet:
                 self.broken.exception()
 
     async def _start(self) -> None:
-        path = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        pipe = asyncio.subprocess.PIPE
         for setup in self._setups:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *PROGRAM,
-                stdin=pipe,
-                stdout=pipe,
-                env=os.environ | {"PYTHONPATH": path},
-                limit=LINE_NBYTES,
-                # Ctrl-C is for the program that started them, which ends them.
-                process_group=0,
-            )
+            process = await start(PROGRAM)
             one = Process(setup["name"], process, kind=setup["role"])
             self.processes.append(one)
             one.tell(**setup)

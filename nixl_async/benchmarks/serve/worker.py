@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from nixl_async.benchmarks.kv.worker import Parent
+from nixl_async.benchmarks.kv.worker import Parent, parent_of_us
 from nixl_async.benchmarks.serve.decode import Decode
 from nixl_async.benchmarks.serve.prefill import Prefill
 from nixl_async.errors import NixlError
@@ -19,39 +19,38 @@ SWITCH_SECONDS = 5e-4
 
 
 async def _main() -> int:
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=1 << 26)
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    parent = Parent(reader)
-    try:
-        setup = await parent.hear()
-        if not setup:
+    async with parent_of_us() as parent:
+        try:
+            return await _serve(parent)
+        except BrokenPipeError:
+            # Who started us has gone.
             return 1
-        made: Prefill | Decode = (Prefill if setup["role"] == "prefill" else Decode)(setup, parent)
-        async with made as side:
-            address = await side.agent.serve(HOST, 0) if isinstance(side, Decode) else None
-            parent.say(event="ready", address=address)
-            finishing: asyncio.Task[None] | None = None
-            try:
-                while message := await parent.hear():
-                    if message["do"] == "finish":
-                        # Not awaited: whoever waits for a process that is stopped can still be told so.
-                        finishing = asyncio.create_task(_finish(side))
-                    else:
-                        await _do(side, message)
-            finally:
-                if finishing is not None:
-                    finishing.cancel()
-                    await asyncio.wait([finishing])
-        return 0
-    except BrokenPipeError:
-        # Who started us has gone.
+        except (NixlError, OSError) as error:
+            parent.say(event="error", text=f"{type(error).__name__}: {error}")
+            return 1
+
+
+async def _serve(parent: Parent) -> int:
+    setup = await parent.hear()
+    if not setup:
         return 1
-    except (NixlError, OSError) as error:
-        parent.say(event="error", text=f"{type(error).__name__}: {error}")
-        return 1
-    finally:
-        transport.close()
+    made: Prefill | Decode = (Prefill if setup["role"] == "prefill" else Decode)(setup, parent)
+    async with made as side:
+        address = await side.agent.serve(HOST, 0) if isinstance(side, Decode) else None
+        parent.say(event="ready", address=address)
+        finishing: asyncio.Task[None] | None = None
+        try:
+            while message := await parent.hear():
+                if message["do"] == "finish":
+                    # Not awaited: whoever waits for a process that is stopped can still be told so.
+                    finishing = asyncio.create_task(_finish(side))
+                else:
+                    await _do(side, message)
+        finally:
+            if finishing is not None:
+                finishing.cancel()
+                await asyncio.wait([finishing])
+    return 0
 
 
 async def _do(side: Prefill | Decode, message: dict[str, Any]) -> None:
