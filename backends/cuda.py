@@ -16,8 +16,9 @@ import numpy as np
 
 from nixl_async.backend import Backend, Begun, Host, Limits, Op, quiesce
 from nixl_async.cuda import allow_access, check_region, need_cupy, need_device, pinned_address, reaches
+from nixl_async.cuda_kept import KeptPlans, Take
 from nixl_async.cuda_kernels import REACH_NBYTES, Far, shifted
-from nixl_async.cuda_lane import Lane
+from nixl_async.cuda_lane import Described, Lane
 from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes, begun
 from nixl_async.descriptors import MemoryKind, Plan, Region, Side
 from nixl_async.errors import BackendError, ConfigurationError
@@ -48,6 +49,7 @@ class CUDABackend(Backend):
     """
 
     name = "cuda"
+    begins = True
     kinds = _BOTH
     remote = False
     rank = 5
@@ -69,6 +71,7 @@ class CUDABackend(Backend):
         need_cupy(self.name)
         self._n_threads, self._chunk_nbytes = n_threads or max(2, min(4, (os.cpu_count() or 1) // 2)), chunk_nbytes
         self._lanes: Lanes | None = None
+        self._kept: KeptPlans[None]
         # Where devices see the regions of DRAM that are pinned, less where the host sees them.
         self._pinned: dict[Region, int] = {}
 
@@ -76,10 +79,12 @@ class CUDABackend(Backend):
         """Make ready to start threads when there is work for them."""
         name = f"cuda-{host.agent_name}"
         self._lanes = Lanes(host.loop, name, n_threads=self._n_threads, chunk_nbytes=self._chunk_nbytes)
+        self._kept = KeptPlans(self._lanes)
 
     async def aclose(self) -> None:
         """Free streams and buffers, and end the threads."""
         if self._lanes is not None:
+            await self._kept.aclose()
             await self._lanes.aclose()
             self._lanes = None
 
@@ -119,7 +124,14 @@ class CUDABackend(Backend):
         device = _pusher(plan.src, plan.dst) if plan.src.kind is plan.dst.kind else None
         if device is None or lanes.launched >= (MAX_LAUNCHED if op.nbytes <= SMALL_NBYTES else 1):
             return False
-        return begun(_launch(lanes, device, plan))
+        return begun(self._launch(device, plan))
+
+    async def prepare(self, op: Op) -> None:
+        """Tell the device of the plan's pages, if its kernel copies them: sending it is one launch then."""
+        plan = op.plan
+        device = _pusher(plan.src, plan.dst) if plan.src.kind is plan.dst.kind else None
+        if device is not None:
+            await self._kept.keep(plan, device, partial(_describe, plan))
 
     async def copy(self, op: Op) -> None:
         """Copy every segment; when cancelled, wait for the launch, or for the chunks that are under way."""
@@ -127,7 +139,7 @@ class CUDABackend(Backend):
         if plan.src.kind is plan.dst.kind:
             device = _pusher(plan.src, plan.dst)
             if device is not None:
-                await quiesce(_launch(lanes, device, plan))
+                await quiesce(self._launch(device, plan))
                 return
             copy_chunk = self._through_host
         else:
@@ -144,6 +156,15 @@ class CUDABackend(Backend):
         if self._lanes is None:
             raise BackendError("the cuda backend is not open", backend=self.name)
         return self._lanes
+
+    def _launch(self, device: int, plan: Plan) -> asyncio.Future[None]:
+        between, urgent = (_device(plan.src), _device(plan.dst)), plan.nbytes <= SMALL_NBYTES
+        if (kept := self._kept.find(plan)) is not None:
+            return self._opened().send(device, kept.described, urgent=urgent, nbytes=plan.nbytes, way=between)
+        known = between[0] == between[1] or between in _ORDERS or _largest(plan.src, plan.dst).nbytes <= REACH_NBYTES
+        now = known and len(plan.lengths) <= NOW_SEGMENTS
+        work = partial(_between, plan)
+        return self._opened().launch(device, work, now=now, urgent=urgent, nbytes=plan.nbytes, way=between)
 
     def _is_pinned(self, side: Side) -> bool:
         return all(region in self._pinned for region in side.regions)
@@ -196,31 +217,30 @@ def _pusher(src: Side, dst: Side) -> int | None:
     return theirs if reaches(theirs, ours) else None
 
 
-def _launch(lanes: Lanes, device: int, plan: Plan) -> asyncio.Future[None]:
-    between = _device(plan.src), _device(plan.dst)
-    known = between[0] == between[1] or between in _ORDERS or _largest(plan.src, plan.dst).nbytes <= REACH_NBYTES
-    now = known and len(plan.lengths) <= NOW_SEGMENTS
-    urgent = plan.nbytes <= SMALL_NBYTES
-    return lanes.launch(device, partial(_between, plan), now=now, urgent=urgent, nbytes=plan.nbytes)
-
-
 def _largest(*sides: Side) -> Region:
     return max((region for side in sides for region in side.regions), key=lambda region: region.nbytes)
 
 
 def _between(plan: Plan, lane: Lane) -> None:
-    far = None
-    if _device(plan.src) != _device(plan.dst):
-        other = plan.dst if lane.device == _device(plan.src) else plan.src
-        allow_access(lane.device, _device(other))
-        ends = [region.address + region.nbytes for region in other.regions]
-        low = min(region.address for region in other.regions)
-        between, largest = (_device(plan.src), _device(plan.dst)), _largest(other)
-        if between not in _ORDERS and largest.nbytes > REACH_NBYTES:
-            _ORDERS[between] = lane.order_pays(largest.address, largest.nbytes)
-        if _ORDERS.get(between):
-            far = Far(other is plan.dst, low, max(ends))
-    lane.copy(plan.src.addresses, plan.dst.addresses, plan.lengths, far=far)
+    lane.copy(plan.src.addresses, plan.dst.addresses, plan.lengths, far=_far(plan, lane))
+
+
+def _describe(plan: Plan, lane: Lane, take: Take) -> tuple[Described | None, None]:
+    return lane.describe(plan.src.addresses, plan.dst.addresses, plan.lengths, far=_far(plan, lane), take=take), None
+
+
+def _far(plan: Plan, lane: Lane) -> Far | None:
+    """Make what is another device's memory accessible; say where it is if it is better copied in order."""
+    if _device(plan.src) == _device(plan.dst):
+        return None
+    other = plan.dst if lane.device == _device(plan.src) else plan.src
+    allow_access(lane.device, _device(other))
+    ends = [region.address + region.nbytes for region in other.regions]
+    low = min(region.address for region in other.regions)
+    between, largest = (_device(plan.src), _device(plan.dst)), _largest(other)
+    if between not in _ORDERS and largest.nbytes > REACH_NBYTES:
+        _ORDERS[between] = lane.order_pays(largest.address, largest.nbytes)
+    return Far(other is plan.dst, low, max(ends)) if _ORDERS.get(between) else None
 
 
 def _pinned(plan: Plan, shifts: list[int], lane: Lane) -> None:

@@ -18,6 +18,7 @@ import select
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from nixl_async.backend import Backend, Begun, Host, Limits, Op, PeerInfo, quiesce
 from nixl_async.backends.cuda_ipc_keys import Place, Shared, began, decode_key, refused_key
@@ -35,12 +36,16 @@ from nixl_async.cuda import (
     reaches,
     why_not_shared,
 )
+from nixl_async.cuda_kept import Kept, KeptPlans, Take
 from nixl_async.cuda_kernels import REACH_NBYTES, Far, shifted
-from nixl_async.cuda_lane import Lane
+from nixl_async.cuda_lane import Described, Lane
 from nixl_async.cuda_lanes import NOW_SEGMENTS, Lanes, begun
 from nixl_async.descriptors import MemoryKind, Plan, Region, Side
 from nixl_async.errors import BackendError, PeerLost
 from nixl_async.memory import MemoryRegion, RemoteRegion
+
+if TYPE_CHECKING:
+    from nixl_async.descriptors import Array
 
 logger = logging.getLogger("nixl_async.cuda_ipc")
 
@@ -106,6 +111,7 @@ class CUDAIPCBackend(Backend):
     """Moves bytes between VRAM of this process and VRAM of other processes of this host."""
 
     name = "cuda_ipc"
+    begins = True
     kinds = frozenset({MemoryKind.VRAM})
     rank = 8
     limits = Limits(
@@ -123,18 +129,21 @@ class CUDAIPCBackend(Backend):
         self._here = Place.here()
         self._host: Host | None = None
         self._lanes: Lanes | None = None
+        self._kept: KeptPlans[list[_Mapping]]
         self._peers: dict[str, _Peer] = {}
 
     async def open(self, host: Host) -> None:
         """Make ready to start a thread when there is work for it."""
         self._host = host
         self._lanes = Lanes(host.loop, f"cuda-ipc-{host.agent_name}")
+        self._kept = KeptPlans(self._lanes)
 
     async def aclose(self) -> None:
         """Close what is open of peers, free streams, and end the thread."""
         if self._lanes is not None:
             for peer in list(self._peers):
                 await self.disconnect(peer)
+            await self._kept.aclose()
             await self._lanes.aclose()
             self._lanes = None
 
@@ -219,16 +228,32 @@ class CUDAIPCBackend(Backend):
         peer = self._peer(op)
         if self._opened().launched >= (MAX_LAUNCHED if op.nbytes <= SMALL_NBYTES else 1):
             return False
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        if (kept := self._find(op)) is not None:
+            return begun(self._send(op, peer, kept))
+        ours, theirs = op.sides
         if not peer.local and not all(
             self._mapping(peer, region, ours.regions[0].device).pointer for region in theirs.regions
         ):
             return False
         return begun(self._begin(op, peer))
 
+    async def prepare(self, op: Op) -> None:
+        """Tell the device of the plan's pages: sending it is one launch then."""
+        peer = self._peer(op)
+        ours, theirs = op.sides
+        device = ours.regions[0].device
+        mappings = [] if peer.local else [self._mapping(peer, region, device) for region in theirs.regions]
+        for mapping in mappings:
+            mapping.ops += 1
+        try:
+            await self._kept.keep(op.plan, device, partial(_describe, op.plan, op.put, mappings))
+        finally:
+            self._let_go(mappings)
+
     async def copy(self, op: Op) -> None:
         """Copy all segments by one kernel; when cancelled, wait for it."""
-        await quiesce(self._begin(op, self._peer(op)))
+        peer, kept = self._peer(op), self._find(op)
+        await quiesce(self._begin(op, peer) if kept is None else self._send(op, peer, kept))
 
     def _opened(self) -> Lanes:
         if self._lanes is None:
@@ -245,7 +270,7 @@ class CUDAIPCBackend(Backend):
 
     def _begin(self, op: Op, peer: _Peer) -> asyncio.Future[None]:
         lanes = self._opened()
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        ours, theirs = op.sides
         device = ours.regions[0].device
         work: Callable[[Lane], None]
         mappings: list[_Mapping] = []
@@ -256,33 +281,47 @@ class CUDAIPCBackend(Backend):
             work = partial(_copy_mapped, op.plan, op.put, mappings)
         for mapping in mappings:
             mapping.ops += 1
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         now = len(op.plan.lengths) <= NOW_SEGMENTS and all(mapping.pointer for mapping in mappings)
-        launched = lanes.launch(device, work, now=now, urgent=op.nbytes <= SMALL_NBYTES, nbytes=op.nbytes)
-        if launched.done():
-            self._ended(peer, mappings, done, launched)
-        else:
-            launched.add_done_callback(partial(self._ended, peer, mappings, done))
-        return done
+        return lanes.launch(
+            device,
+            work,
+            now=now,
+            urgent=op.nbytes <= SMALL_NBYTES,
+            nbytes=op.nbytes,
+            way=peer.name,
+            ended=partial(self._ended, peer, mappings),
+        )
 
-    def _ended(
-        self, peer: _Peer, mappings: list[_Mapping], done: asyncio.Future[None], launched: asyncio.Future[None]
-    ) -> None:
-        error = launched.exception()
+    def _find(self, op: Op) -> Kept[list[_Mapping]] | None:
+        """Return what our device knows of an op's plan, if the peer's memory is where it was."""
+        kept = self._kept.find(op.plan)
+        return kept if kept is not None and not any(mapping.condemned for mapping in kept.beside) else None
+
+    def _send(self, op: Op, peer: _Peer, kept: Kept[list[_Mapping]]) -> asyncio.Future[None]:
+        for mapping in kept.beside:
+            mapping.ops += 1
+        return self._opened().send(
+            op.sides[0].regions[0].device,
+            kept.described,
+            urgent=op.nbytes <= SMALL_NBYTES,
+            nbytes=op.nbytes,
+            way=peer.name,
+            ended=partial(self._ended, peer, kept.beside),
+        )
+
+    def _ended(self, peer: _Peer, mappings: list[_Mapping], error: BaseException | None) -> BaseException | None:
+        self._let_go(mappings)
+        if not peer.ended():
+            return error
+        lost = peer.lost()
+        lost.__cause__ = error
+        return lost
+
+    def _let_go(self, mappings: list[_Mapping]) -> None:
         for mapping in mappings:
             mapping.ops -= 1
             if mapping.condemned and not mapping.ops:
                 self._opened().call(mapping.close)
-        if done.done():
-            return
-        if peer.ended():
-            lost = peer.lost()
-            lost.__cause__ = error
-            done.set_exception(lost)
-        elif error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
 
     def _mapping(self, peer: _Peer, region: Region, device: int) -> _Mapping:
         shared = _shared(region)
@@ -338,6 +377,22 @@ def _copy_local(plan: Plan, theirs: Side, lane: Lane) -> None:
 
 
 def _copy_mapped(plan: Plan, put: bool, mappings: list[_Mapping], lane: Lane) -> None:
+    src, dst, moves, far = _seen(plan, put, mappings, lane)
+    lane.copy(src, dst, plan.lengths, moves=moves, far=far)
+
+
+def _describe(
+    plan: Plan, put: bool, mappings: list[_Mapping], lane: Lane, take: Take
+) -> tuple[Described | None, list[_Mapping]]:
+    if mappings:
+        src, dst, moves, far = _seen(plan, put, mappings, lane)
+        return lane.describe(src, dst, plan.lengths, moves=moves, far=far, take=take), mappings
+    allow_access(lane.device, (plan.dst if put else plan.src).regions[0].device)
+    return lane.describe(plan.src.addresses, plan.dst.addresses, plan.lengths, take=take), mappings
+
+
+def _seen(plan: Plan, put: bool, mappings: list[_Mapping], lane: Lane) -> tuple[Array, Array, tuple[int, int], Far | None]:
+    """Open what a plan needs of a peer; return sources, destinations, how far from there our device sees them, the far side."""
     theirs = plan.dst if put else plan.src
     shifts = []
     for region, mapping in zip(theirs.regions, mappings, strict=True):
@@ -355,4 +410,4 @@ def _copy_mapped(plan: Plan, put: bool, mappings: list[_Mapping], lane: Lane) ->
     if len(set(shifts)) > 1:
         moved, move = shifted(theirs, shifts), 0
         src, dst = (src, moved) if put else (moved, dst)
-    lane.copy(src, dst, plan.lengths, moves=(0, move) if put else (move, 0), far=far)
+    return src, dst, (0, move) if put else (move, 0), far

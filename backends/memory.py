@@ -26,7 +26,7 @@ class MemoryBackend(Backend):
 
     name = "memory"
     rank = 0
-    limits = Limits(max_ops=4, inline_nbytes=64 << 10)
+    limits = Limits(max_ops=4, inline_nbytes=AT_ONCE_NBYTES)
 
     def __init__(self) -> None:
         self._threads: ThreadPoolExecutor | None = None

@@ -43,11 +43,25 @@ ASSUMED = (
 AT_ONCE_NBYTES = 512 << 10
 AT_ONCE_SEGMENTS = 1024
 """Ops up to this size, a tenth of a millisecond's copying, cost the loop less than handing them to a thread would."""
+NOW_NBYTES, NOW_SECONDS = 4 << 20, 800e-6
+"""An op that comes alone, of up to so many bytes, is copied on the loop if that should take at most so long."""
+TRY_SECONDS = 2e-3
+TRIES, TRY_AFTER, TRY_AFTER_MOST = 4, 8, 8192
+"""Those that should take longer, up to this, are copied on the loop a few times after so many by threads, to learn whether they
+do: what another core has copied is not in this one's caches. Each time that they do, twice as many go by threads before."""
+SURE_NBYTES = 64 << 10
+"""What is no more than this takes a small part of that time, however slow the memory."""
+PACE_WEIGHT = 0.2
+"""What each copy weighs beside those before it."""
 STALL_SECONDS = 0.1
 """A peer whose threads have done nothing for so long may be stopped: then the op is carried out directly."""
 _NONCE_NBYTES = 16
 _KEY = struct.Struct("<Q")
 _REFUSALS = {1: "it has no such region", 2: "an address lies outside the region", 3: "the region is read-only"}
+
+
+def _assumed(op: Op) -> float:
+    return ASSUMED[0].assumed[op.put].seconds(len(op.plan.lengths), op.nbytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +79,33 @@ class _Process:
     mixed: int = 0
     """How often an op was begun while others went the other way: what such ops take says nothing of either way alone."""
     ended: bool = False
+    pace: dict[bool, float] = field(default_factory=lambda: {True: 1.0, False: 1.0})
+    """How many times what is assumed direct copies take, to the peer and from it."""
+    handed: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    patience: dict[bool, int] = field(default_factory=lambda: {True: TRY_AFTER, False: TRY_AFTER})
+    """How many were too long for the loop since it was last tried, and how many go to threads before that."""
+
+    def is_short(self, put: bool, assumed: float) -> bool:
+        """Tell whether a copy that is assumed to take so many seconds is to be made on the loop."""
+        seconds = self.pace[put] * assumed
+        if seconds <= NOW_SECONDS:
+            return True
+        if seconds > TRY_SECONDS:
+            return False
+        self.handed[put] += 1
+        return self.handed[put] > self.patience[put]
+
+    def took(self, op: Op, seconds: float, *, on_loop: bool) -> None:
+        """Take note of how long a direct copy took."""
+        put, weight = op.put, PACE_WEIGHT
+        if on_loop and (tries := self.handed[put] - self.patience[put]) > 0:
+            if tries < TRIES:
+                return
+            # The last one finds what those before it have left in the caches.
+            weight = 1.0
+            self.handed[put] = 0
+            self.patience[put] = TRY_AFTER if seconds <= NOW_SECONDS else min(2 * self.patience[put], TRY_AFTER_MOST)
+        self.pace[put] += weight * (seconds / _assumed(op) - self.pace[put])
 
     def gone(self) -> bool:
         """Tell whether the process has ended; any thread may ask."""
@@ -77,6 +118,18 @@ class _Process:
             return bool(fresh.poll(0))
 
 
+class _Call:
+    """A direct copy that may be made again."""
+
+    __slots__ = ("_arrays", "assumed", "is_large", "native", "process")
+
+    def __init__(self, process: _Process, op: Op) -> None:
+        self.process, self.is_large, self.assumed = process, op.nbytes > SURE_NBYTES, _assumed(op)
+        ours, theirs = op.sides
+        self._arrays = [int64(array) for array in (ours.addresses, theirs.addresses, op.plan.lengths)]
+        self.native = ffi.new("nx_vm_call *", (process.pid, process.pidfd, op.put, len(op.plan.lengths), *self._arrays))
+
+
 class SameHostBackend(Backend):
     """Moves bytes to and from the memory of a peer's process on this host; small copies at once, large ones on threads.
 
@@ -87,7 +140,7 @@ class SameHostBackend(Backend):
     rank = 10
     revocation = Revocation.PROCESS
     # What may never end are packed puts: a peer's thread that was stopped while it copied out of the shared memory, and not ours.
-    limits = Limits(max_ops=4, inline_nbytes=64 << 10, max_op_nbytes=16 << 20, frees_source=True)
+    limits = Limits(max_ops=4, inline_nbytes=NOW_NBYTES, max_op_nbytes=16 << 20, frees_source=True)
 
     def __init__(self, *, way: str | None = None) -> None:
         if not hasattr(os, "pidfd_open"):
@@ -265,11 +318,18 @@ class SameHostBackend(Backend):
 
     def copy_now(self, op: Op) -> bool:
         """Copy at once, directly, unless there are so many segments that this would hold up the loop."""
-        process = self._process(op)
-        if self._forced == PACKED or len(op.plan.lengths) > AT_ONCE_SEGMENTS:
+        call, process = op.kept, self._processes.get(op.peer or "")
+        if call is None or call.process is not process:
+            if self._forced == PACKED or len(op.plan.lengths) > AT_ONCE_SEGMENTS:
+                return False
+            call = op.kept = _Call(self._process(op), op)
+        process = call.process
+        if call.is_large and not process.is_short(op.put, call.assumed):
             return False
-        if status := self._direct(process, op, ffi.NULL, self._spent):
+        if status := self._again(call):
             self._fail(status, op, process)
+        if call.is_large:
+            process.took(op, call.native.spent_ns * 1e-9, on_loop=True)
         return True
 
     async def copy(self, op: Op) -> None:
@@ -279,6 +339,7 @@ class SameHostBackend(Backend):
         segments, nbytes = len(op.plan.lengths), op.plan.nbytes
         if nbytes <= AT_ONCE_NBYTES and self.copy_now(op):
             return
+        alone = not any(process.under_way.values())
         allowed = self._allowed(process, op.plan.dst if op.put else op.plan.src)
         if not allowed:
             raise BackendError(
@@ -306,20 +367,25 @@ class SameHostBackend(Backend):
             process.under_way[way] -= 1
         if status == -errno.EAGAIN or (status == 0 and not others and process.mixed == mixed):
             process.ways.learn(way, op.put, segments, nbytes, spent[0] * 1e-9)
+            if way == DIRECT and alone:
+                process.took(op, spent[0] * 1e-9, on_loop=False)
         if status == -errno.EAGAIN:
             way = DIRECT
             status = await quiesce(host.loop.run_in_executor(self._threads, self._direct, process, op, stop, spent), cancel)
         if status:
             self._fail(status, op, process)
 
+    def _again(self, call: _Call) -> int:
+        return int(lib.nx_vm_now(call.native))
+
     def _direct(self, process: _Process, op: Op, stop: Any, spent: Any) -> int:
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        ours, theirs = op.sides
         lengths = op.plan.lengths
         arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
         return int(lib.nx_process_vm(process.pid, op.put, *arrays, len(lengths), stop, spent))
 
     def _packed(self, packed: Any, op: Op, stop: Any, spent: Any) -> int:
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        ours, theirs = op.sides
         lengths = op.plan.lengths
         arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
         index = ffi.NULL if theirs.index is None else int64(theirs.index)

@@ -33,14 +33,18 @@ from nixl_async.errors import AccessError, BackendError, ConfigurationError, Pee
 from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.native import ffi, int64, lib
 
+PORTS_VARIABLE = "NIXL_ASYNC_TCP_PORTS"
 CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 1.0
 """How long a cancelled request may take before its connection is cut: a live peer needs milliseconds."""
-SPIN_NS = 150_000
-"""How long a small copy looks for its answer before it lets the loop run: waking up takes longer than a near peer's answer."""
+SPIN_NS, SPIN_MOST_NS = 150_000, 800_000
+"""How long a small copy looks for its answer before it lets the loop run, and a nanosecond more for each byte, up to so long: to be
+woken takes longer than a near peer's answer."""
+LARGE_NBYTES = 512 << 10
+"""What is larger and not looked for goes to the threads."""
 SPIN_MISSES = 3
 SPIN_AGAIN = 32
-"""After so many vain looks in a row only every 32nd small copy tries one again: that peer is far away, or busy."""
+"""After so many vain looks in a row only every 32nd copy tries one again: that peer is far away, or busy."""
 _BATCH = 256
 _TOKEN_NBYTES = 16
 _MAX_MARK = 20
@@ -76,7 +80,8 @@ class _Peer:
     """The connections for bulk; the express one, which this thread drives, comes after them."""
     express: _Stream | None = None
     express_fd: int = -1
-    misses: int = 0
+    misses: list[int] = field(default_factory=lambda: [0, 0])
+    """How many looks in a row were in vain, for small copies and for those of more than LARGE_NBYTES."""
     lost: str = ""
     broken: list[_Stream] = field(default_factory=list)
     """Connections that have ended and that ops may still hold."""
@@ -84,18 +89,40 @@ class _Peer:
     """Why it is to be connected to again."""
 
 
+def read_ports(what: str, given: str | int) -> range:
+    """Return the ports that a text such as "7100-7199" or "7100" names.
+
+    Raises:
+        ConfigurationError: it names none; `what` is called in the message.
+    """
+    first, dash, last = str(given).partition("-")
+    last = last if dash else first
+    if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit()):
+        raise ConfigurationError(f'{what} is {given!r}; it must be a port or a range of ports, such as "7100-7199"')
+    ports = range(int(first), int(last) + 1)
+    if not ports or not 0 < ports[0] <= ports[-1] < 65536:
+        raise ConfigurationError(f"{what} is {given!r}; ports are 1 to 65535, the lower end first")
+    return ports
+
+
 class TCPBackend(Backend):
     """Moves bytes to and from peers over `streams` connections each, by `threads` threads in all, and small copies at once.
 
     By default both follow the number of cores: one connection keeps two cores of a host busy, more of them only share those.
+    `ports` is where peers are accepted: a port, or a range such as "7100-7199", of which the first free one is taken; each agent of
+    a host needs one (default: the environment's NIXL_ASYNC_TCP_PORTS, else any that is free).
+
+    Raises:
+        ConfigurationError: an option is out of its range.
     """
 
     name = "tcp"
+    begins = True
     rank = 30
     revocation = Revocation.ENFORCED
-    limits = Limits(max_ops=4, max_op_nbytes=8 << 20, max_op_segments=16384, inline_nbytes=16 << 10)
+    limits = Limits(max_ops=4, max_op_nbytes=8 << 20, max_op_segments=16384, inline_nbytes=2 << 20)
 
-    def __init__(self, *, streams: int | None = None, threads: int | None = None) -> None:
+    def __init__(self, *, streams: int | None = None, threads: int | None = None, ports: str | int | None = None) -> None:
         self._n_streams = max(1, min(2, (os.cpu_count() or 1) // 2)) if streams is None else streams
         if not 1 <= self._n_streams <= 64:
             raise ConfigurationError(f"streams is {streams}; it must be 1 to 64")
@@ -103,6 +130,9 @@ class TCPBackend(Backend):
         self._n_threads = min(4, os.cpu_count() or 1) if threads is None else threads
         if not 1 <= self._n_threads <= 64:
             raise ConfigurationError(f"threads is {threads}; it must be 1 to 64")
+        self._ports = read_ports("ports", ports) if ports is not None else range(1)
+        if ports is None and (given := os.environ.get(PORTS_VARIABLE)):
+            self._ports = read_ports(PORTS_VARIABLE, given)
         self._engine = ffi.NULL
         self._event_fd = -1
         self._host: Host | None = None
@@ -139,17 +169,17 @@ class TCPBackend(Backend):
         self._listening = []
 
     async def listen(self, host: str) -> None:
-        """Accept peers at a free port of the local address `host` (a name is looked up); again for the same one does nothing."""
+        """Accept peers at a free port of the local address `host` (a name is looked up); again for the same one does nothing.
+
+        Raises:
+            ConfigurationError: the address cannot be used, or none of `ports` is free.
+        """
         self._opened()
         for family, address in await self._addresses(host):
             if any(at in (address[0], _wildcard(family)) for at, _ in self._listening):
                 continue
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock = self._bound(family, address)
             try:
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind((address[0], 0, *address[2:]))
-                sock.listen(128)
                 status = lib.nx_tcp_listen(self._engine, sock.fileno())
                 if status:
                     raise OSError(-status, os.strerror(-status))
@@ -158,6 +188,30 @@ class TCPBackend(Backend):
                 raise ConfigurationError(f"cannot listen at {address[0]}: {error}") from None
             self._listening.append((str(address[0]), sock.getsockname()[1]))
             sock.detach()
+
+    def _bound(self, family: int, address: tuple[Any, ...]) -> socket.socket:
+        """Return a socket that listens at the first free port."""
+        for port in self._ports:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                # Else connections of a life before, which the kernel remembers for a minute, keep the port.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind((address[0], port, *address[2:]))
+                sock.listen(128)
+            except OSError as error:
+                sock.close()
+                if error.errno != errno.EADDRINUSE or port == 0:
+                    at = f"{address[0]}" + (f", port {port}" if port else "")
+                    raise ConfigurationError(f"cannot listen at {at}: {error}") from None
+            else:
+                return sock
+        first, last = self._ports[0], self._ports[-1]
+        which = f"port {first} is" if first == last else f"all ports {first}-{last} are"
+        raise ConfigurationError(
+            f"cannot listen at {address[0]}: {which} taken; each agent of a host needs one, of ports= or {PORTS_VARIABLE}"
+        )
 
     async def _addresses(self, host: str) -> list[tuple[int, tuple[Any, ...]]]:
         with contextlib.suppress(ValueError):
@@ -347,13 +401,22 @@ class TCPBackend(Backend):
         peer = self._peers.get(op.peer or "")
         if peer is None or peer.lost or peer.down or peer.express is None:
             return False
-        spin = SPIN_NS if peer.misses < SPIN_MISSES or peer.misses % SPIN_AGAIN == 0 else 0
+        large, misses = op.nbytes > LARGE_NBYTES, peer.misses
+        spin = min(SPIN_NS + op.nbytes, SPIN_MOST_NS)
+        if misses[large] >= SPIN_MISSES and misses[large] % SPIN_AGAIN:
+            if large:
+                misses[large] += 1
+                return False
+            spin = 0
         number = next(self._ids)
         stream = peer.express
         status = lib.nx_tcp_now(stream.pointer, number, *self._request(op), spin)
         if status == 0:
-            peer.misses = 0
+            misses[large] = 0
             return True
+        if status == -errno.EBUSY:
+            # An answer is on its way: what comes meanwhile is the threads'.
+            return False
         if status > 0:
             raise self._error(status, op)
         ended = self._expect(number)
@@ -379,7 +442,7 @@ class TCPBackend(Backend):
 
         ended.add_done_callback(resolve)
         if status == -errno.EINPROGRESS:
-            peer.misses += 1
+            misses[large] += 1
             self._pump(peer)
         else:
             del self._waiting[number]
@@ -464,14 +527,17 @@ class TCPBackend(Backend):
 
     def _request(self, op: Op) -> tuple[Any, ...]:
         """Return an op as the arguments that the engine takes."""
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        ours, theirs = op.sides
         keys = b"".join([region.keys.get(self.name, b"") for region in theirs.regions if isinstance(region, RemoteRegion)])
         if len(keys) != _KEY.size * len(theirs.regions):
             raise BackendError(f"peer {op.peer!r} has not registered that memory with tcp", backend=self.name, peer=op.peer)
-        index = ffi.NULL if theirs.index is None else int64(theirs.index)
-        lengths = op.plan.lengths
-        arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
-        return op.put, len(lengths), *arrays, index, len(theirs.regions), keys, op.plan.nbytes
+        kept = op.kept
+        if kept is None:
+            lengths = op.plan.lengths
+            arrays = int64(ours.addresses), int64(theirs.addresses), int64(lengths)
+            index = ffi.NULL if theirs.index is None else int64(theirs.index)
+            kept = op.kept = op.put, len(lengths), *arrays, index, len(theirs.regions)
+        return *kept, keys, op.nbytes
 
     def _pump(self, peer: _Peer) -> None:
         """Drive the express connection as far as it goes."""

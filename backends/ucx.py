@@ -4,6 +4,8 @@ UCXX makes the context and the worker; the one-sided operations, which its Pytho
 one native thread that needs no GIL and sleeps on the worker's event descriptor. Regions and addresses are described as NIXL's
 UCX backend does it: the raw worker address and the raw packed key, behind which ours carry a checksum that UCX does not read.
 
+UCX says by which transports an endpoint goes. Over RDMA this backend comes before `tcp`, over TCP after it (`ucx_lanes.py`).
+
 An endpoint that fails may leave bytes in the network, or in shared memory, that the peer copies long after. So a put that
 was on it ends when the peer has confirmed, over the control connection, that it has closed its endpoint and taken what had come.
 
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from nixl_async.backend import Backend, Host, Limits, Op, PeerInfo, quiesce
+from nixl_async.backends import ucx_lanes
 from nixl_async.cuda import check_region, device_count, primary_context
 from nixl_async.descriptors import MemoryKind, Region, Side
 from nixl_async.errors import BackendError, MissingDependency, PeerLost, ProtocolError, Quarantined, TransferError
@@ -37,15 +40,20 @@ from nixl_async.memory import MemoryRegion, RemoteRegion
 from nixl_async.metadata import decode_notification, encode_notification
 from nixl_async.native import ffi, int64, lib
 
-_VARIABLE = "UCX_MEMTYPE_CACHE"
-_given = os.environ.get(_VARIABLE)
+# UCXX sets the first two: UCX 1.21 does not know the one, and says so; the other would stand in the way of our own. UCX opens its
+# log while it is loaded, on standard output, which is the program's: where the environment names no place, we name standard error.
+_LOG = "UCX_LOG_FILE"
+_given = {name: os.environ.get(name) for name in ("UCX_MEMTYPE_CACHE", "UCX_RNDV_THRESH", _LOG)}
+os.environ.setdefault(_LOG, "stderr")
 try:
     import ucxx._lib.libucxx as ucxx
 except ImportError as error:
     raise MissingDependency(f"the ucx backend needs UCXX: pip install 'nixl-async[ucx-cu12]' ({error})") from error
-if _given is None:
-    # UCXX sets it; UCX 1.21 does not know it, and says so on standard output.
-    os.environ.pop(_VARIABLE, None)
+finally:
+    # What the program starts finds the environment as the user made it.
+    for _name, _value in _given.items():
+        if _value is None:
+            os.environ.pop(_name, None)
 
 CONFIGURATION = {
     # Offered `cma`, UCX 1.21 chooses lanes over which stock NIXL peers cannot answer; same-host copies have their own backend.
@@ -63,6 +71,8 @@ CUDA_CONFIGURATION = {
     "CUDA_IPC_ENABLE_GET_ZCOPY": "on",
 }
 """The same, where there is a CUDA device."""
+PEERMEM = ("/sys/module/nvidia_peermem", "/sys/kernel/mm/memory_peers/nv_mem")
+"""Either is there where the kernel lets RDMA cards reach VRAM. Over DMA-BUF they may too, of which nothing tells."""
 PACK_NBYTES = 16 << 10
 """Segments that are this small on average travel many to a message, where the peer is an agent of ours."""
 _SEAL = struct.Struct("<4sI")
@@ -83,11 +93,15 @@ class _Peer:
     name: str
     identity: str
     stock: bool
+    number: int
     pointer: Any
     ended: asyncio.Future[int]
     """Resolves when the endpoint fails or is closed."""
     closed: asyncio.Future[int]
     """Resolves when a failed endpoint is closed."""
+    lanes: tuple[ucx_lanes.Lane, ...] = ()
+    """By which transports UCX goes; none where it does not say."""
+    rank: int = ucx_lanes.RANK
     rkeys: dict[bytes, Any] = field(default_factory=dict)
     lost: str = ""
     down: str = ""
@@ -106,7 +120,7 @@ class UCXBackend(Backend):
 
     name = "ucx"
     kinds = frozenset({MemoryKind.DRAM, MemoryKind.VRAM})
-    rank = 40
+    rank = ucx_lanes.RANK
     limits = Limits(max_ops=4, max_op_nbytes=16 << 20, max_op_segments=16384)
 
     def __init__(self) -> None:
@@ -121,6 +135,7 @@ class UCXBackend(Backend):
         self._memory: dict[MemoryRegion, tuple[Any, bytes]] = {}
         self._leased: dict[bytes, Any] = {}
         self._no_vram = "it is not open"
+        self._peermem = False
         self._waiting: dict[int, asyncio.Future[int]] = {}
         self._ids = itertools.count(2, 2)
         self._ids_out = np.zeros(_BATCH, np.int64)
@@ -151,6 +166,7 @@ class UCXBackend(Backend):
             raise BackendError(f"UCX cannot be set up: {ffi.string(why).decode()}", backend=self.name)
         self._host = host
         self._no_vram = self._why_no_vram()
+        self._peermem = _has_peermem()
         self._address = self._read(lib.nx_ucx_address, self._engine)
         host.loop.add_reader(self._event_fd, self._take_events)
 
@@ -186,7 +202,8 @@ class UCXBackend(Backend):
             raise BackendError(f"peer {peer.name!r} sent a malformed worker address", backend=self.name, peer=peer.name)
         identity = 0 if stock else _identity(peer.name, peer.incarnation)
         known = self._peers.get(peer.name)
-        if known is not None and known.down and known.identity == peer.incarnation:
+        again = known is not None and known.down and known.identity == peer.incarnation
+        if known is not None and again:
             # It stays known meanwhile: transfers wait for it.
             await quiesce(self._shut(known))
             if known.lost:
@@ -196,15 +213,23 @@ class UCXBackend(Backend):
         else:
             await self.disconnect(peer.name)
         number = next(self._ids)
-        ended, closed = self._expect(number), self._expect(number + 1)
+        ended, closed, lanes = self._expect(number), self._expect(number + 1), self._expect(-number)
         status = ffi.new("int *")
         pointer = lib.nx_ucx_connect(self._engine, address, number, identity, status)
         if pointer == ffi.NULL:
-            del self._waiting[number], self._waiting[number + 1]
+            del self._waiting[number], self._waiting[number + 1], self._waiting[-number]
             raise BackendError(f"peer {peer.name!r}: {_text(status[0])}", backend=self.name, peer=peer.name)
-        known = _Peer(peer.name, peer.incarnation, stock, pointer, ended, closed)
+        known = _Peer(peer.name, peer.incarnation, stock, number, pointer, ended, closed)
         self._peers[peer.name] = known
         ended.add_done_callback(partial(self._ended, known))
+        try:
+            # What is routed from here on is routed by what the endpoint is.
+            await quiesce(lanes)
+        except asyncio.CancelledError:
+            await self.disconnect(peer.name)
+            raise
+        if again and known.down:
+            raise PeerLost(f"peer {peer.name!r} is lost: {known.down}", backend=self.name, peer=peer.name)
 
     async def disconnect(self, peer: str) -> None:
         """Close the endpoint to a peer, and take what had arrived by then: nothing that it has sent is written afterwards."""
@@ -339,17 +364,25 @@ class UCXBackend(Backend):
                         return f"{whose} not registered region {region.name!r} with it"
         return None
 
+    def rank_for(self, src: Side, dst: Side) -> int:
+        """Come before `tcp` and `staging` where UCX reaches the peer by RDMA, with VRAM if the cards reach that too."""
+        peer = self._peers.get(src.peer or dst.peer or "")
+        if peer is None or (not self._peermem and MemoryKind.VRAM in (src.kind, dst.kind)):
+            return self.rank
+        return peer.rank
+
     def how(self, src: Side, dst: Side) -> str:
-        """Tell whether small pages travel many to a message."""
+        """Tell by which transports, and whether small pages travel many to a message."""
         peer = self._peers.get(src.peer or dst.peer or "")
         packs = peer is not None and not peer.stock and not peer.lost and not peer.down and lib.nx_ucx_packs(peer.pointer)
         packs = packs and MemoryKind.VRAM not in (src.kind, dst.kind)
-        return f"one-sided{', small pages packed' if packs else ''}"
+        by = ucx_lanes.describe(peer.lanes) if peer is not None else ""
+        return f"{by + '; ' if by else ''}one-sided{', small pages packed' if packs else ''}"
 
     async def copy(self, op: Op) -> None:
         """Hand the segments to the native thread; when cancelled, post no more and wait for those that are under way."""
         peer = self._peer(op.peer)
-        ours, theirs = (op.plan.src, op.plan.dst) if op.put else (op.plan.dst, op.plan.src)
+        ours, theirs = op.sides
         on_device = MemoryKind.VRAM in (ours.kind, theirs.kind)
         if theirs.kind is MemoryKind.VRAM:
             peer.users += 1
@@ -524,10 +557,24 @@ class UCXBackend(Backend):
         ids, statuses = self._ids_out, self._statuses_out
         n = lib.nx_ucx_completions(self._engine, int64(ids), int64(statuses), _BATCH)
         for number, status in zip(ids[:n].tolist(), statuses[:n].tolist(), strict=True):
+            if number < 0:
+                self._take_lanes(-number)
             future = self._waiting.pop(number, None)
             if future is not None and not future.done():
                 future.set_result(status)
         self._take_messages()
+
+    def _take_lanes(self, number: int) -> None:
+        peer = next((peer for peer in self._peers.values() if peer.number == number), None)
+        if peer is None or peer.lost:
+            return
+        peer.lanes, before = ucx_lanes.read_lanes(self._ask_lanes(peer.pointer)), peer.rank
+        peer.rank = ucx_lanes.rank_of(peer.lanes)
+        if peer.rank != before:
+            self._opened().rank_changed()
+
+    def _ask_lanes(self, pointer: Any) -> str:
+        return self._read(lib.nx_ucx_lanes, pointer).decode(errors="replace")
 
     def _take_messages(self) -> None:
         host = self._opened()
@@ -557,6 +604,19 @@ class UCXBackend(Backend):
         return PeerLost(text, backend=self.name, peer=peer.name)
 
 
+def loaded_library() -> tuple[str, str]:
+    """Return the version and the file of the libucp that this process has loaded.
+
+    Raises:
+        BackendError: it has loaded none.
+    """
+    room, n = ffi.new("uint8_t[]", _ROOM), ffi.new("int64_t *")
+    if lib.nx_ucx_library(room, _ROOM, n):
+        raise BackendError("libucp is not loaded in this process", backend=UCXBackend.name)
+    version, _, path = bytes(ffi.buffer(room, n[0])).decode(errors="replace").partition(" ")
+    return version, path
+
+
 def _make_worker() -> tuple[Any, Any]:
     wanted = CONFIGURATION | (CUDA_CONFIGURATION if device_count() else {})
     if _has_network():
@@ -566,6 +626,10 @@ def _make_worker() -> tuple[Any, Any]:
     wanted = {key: value for key, value in wanted.items() if f"UCX_{key}" not in os.environ}
     context = ucxx.UCXContext(wanted, (ucxx.Feature.RMA, ucxx.Feature.AM, ucxx.Feature.WAKEUP))
     return context, ucxx.UCXWorker(context)
+
+
+def _has_peermem() -> bool:
+    return any(os.path.exists(path) for path in PEERMEM)
 
 
 def _has_network() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,92 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench import system
+from bench.commands import COMMANDS, Command, Suite
 from bench.gpu.cli import app as gpu
 from bench.process import WorkerError
+from bench.record.command import results
 from bench.report import Row, show, to_json
-from bench.served import AZURITE, JUICEFS, NGINX
-from bench.session import DEFAULT, SAME_HOST, TCP, UCX_TCP, Path, Settings, WrongBytes, judged
-from bench.suites import (
-    azure,
-    busy,
-    compat,
-    descriptors,
-    failover,
-    files,
-    idle,
-    latency,
-    layers,
-    many,
-    membership,
-    planner,
-    qos,
-    s3,
-    s3_many,
-    scheduler,
-    slices,
-    stall,
-    throughput,
-    tiers,
-    verify,
-)
+from bench.served import JUICEFS, NGINX
+from bench.session import DEFAULT, SAME_HOST, TCP, UCX_TCP, Settings, WrongBytes, judged
+from bench.suites import files, tiers
 
 app = typer.Typer(help="Measure nixl_async, its peers and the machine's limits in alternating turns.", no_args_is_help=True)
 
 WIDTH_WITHOUT_TERMINAL = 200
-
-Suite = Callable[[Settings], Iterator[Row]]
-
-
-@dataclass(frozen=True)
-class Command:
-    """A table: its title, and what yields its rows; the suites of a path run only if that path is wanted."""
-
-    title: str
-    suites: tuple[tuple[str, Suite], ...]
-
-
-def _servers(suite: Callable[[Settings, str], Iterator[Row]], *kinds: str) -> tuple[tuple[str, Suite], ...]:
-    def on(kind: str) -> Suite:
-        return lambda settings: suite(settings, kind)
-
-    return tuple((kind, on(kind)) for kind in kinds)
-
-
-def _paths(suite: Callable[[Settings, Path], Iterator[Row]], *paths: Path) -> tuple[tuple[str, Suite], ...]:
-    def along(path: Path) -> Suite:
-        return lambda settings: suite(settings, path)
-
-    return tuple((path.name, along(path)) for path in paths)
-
-
-COMMANDS = {
-    "throughput": Command("Many pages in random order", ((SAME_HOST.name, throughput.same_host), (TCP.name, throughput.tcp))),
-    "slices": Command("A request's head slices, TP 4 to TP 2", _paths(slices.slices, SAME_HOST, TCP)),
-    "layers": Command("A request, layer by layer, while it is computed", _paths(layers.layers, SAME_HOST, TCP)),
-    "latency": Command("One small write, call to awaited completion, p50", _paths(latency.page, SAME_HOST, TCP)),
-    "notification": Command("Write, notification and answer, p50", _paths(latency.notification, SAME_HOST, TCP)),
-    "stall": Command("Event loop while 1 GiB moves, p99.9", _paths(stall.stall, SAME_HOST, TCP)),
-    "idle": Command("Nothing moves", ((DEFAULT.name, idle.idle),)),
-    "busy-peer": Command("The peer spins in pure Python", _paths(busy.busy_peer, SAME_HOST, TCP, UCX_TCP)),
-    "many": Command("Many transfers at once", _paths(many.many, SAME_HOST, TCP)),
-    "membership": Command(
-        "Finding each other, and telling of regions",
-        (*_servers(membership.fleet, *membership.STORES), (membership.REGIONS_PATH, membership.table)),
-    ),
-    "compat": Command("NIXL's own API: the drop-in beside NIXL", ((DEFAULT.name, compat.compat),)),
-    "descriptors": Command("Descriptors", ((DEFAULT.name, descriptors.descriptors),)),
-    "planner": Command("Head slices out of block tables", ((DEFAULT.name, planner.planner),)),
-    "qos": Command("Traffic classes", _paths(qos.qos, SAME_HOST, TCP)),
-    "failover": Command("A route is cut", ((DEFAULT.name, failover.failover),)),
-    "verify": Command("What comparing both sides costs", _paths(verify.verify, SAME_HOST, TCP)),
-    "scheduler": Command("What the scheduler costs", ((DEFAULT.name, scheduler.scheduler),)),
-    "s3-get": Command("Objects got from an S3 server", _servers(s3.get, NGINX, JUICEFS)),
-    "s3-put": Command("Objects put to an S3 server", _servers(s3.put, NGINX, JUICEFS)),
-    "s3-many": Command("Very many objects in one transfer", _servers(s3_many.many, NGINX, JUICEFS)),
-    "azure": Command("Blobs of Azurite", ((AZURITE, azure.blobs),)),
-    "files": Command("Blocks of a file", _servers(files.blocks, files.DIRECT, files.CACHE)),
-    "tiers": Command("Blocks by their keys", _servers(tiers.blocks, *tiers.KINDS)),
-}
 
 
 class Format(enum.Enum):
@@ -260,7 +186,7 @@ for _name, _command_help in {
     "files": "Blocks of 16 KiB to 1 MiB of a file, past the page cache and through it.",
     "tiers": "Blocks of 64 KiB by their keys, in memory and in files; contains. 100,000 of them: --mib 6250.",
 }.items():
-    # A call of the tiers' is 256 MiB, and several show more than one.
-    _command(_name, _command_help, {_name: COMMANDS[_name]}, usual_mib=512 if _name == "tiers" else 256)
+    _command(_name, _command_help, {_name: COMMANDS[_name]}, usual_mib=COMMANDS[_name].mib)
 _command("all", "Every command, one after the other.", COMMANDS)
+app.command("results")(results)
 app.add_typer(gpu, name="gpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +136,27 @@ class Row:
             "ours": self.ours.as_dict(),
             "others": [figure.as_dict() | {"ratio": self.ratio(figure)} for figure in self.others],
             "raw": None if self.raw is None else self.raw.as_dict() | {"share": self.ratio(self.raw)},
-            "checks": [{"target": check.target, "value": check.value, "met": check.met} for check in self.checks],
+            "checks": [
+                {"target": check.target, "value": check.value, "met": check.met, "shown": check.shown} for check in self.checks
+            ],
             "met": self.met,
         }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Row:
+        """Make a row again of what `as_dict` returned.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        raw, checks = found["raw"], [Check(one["target"], one["value"], one["met"], one["shown"]) for one in found["checks"]]
+        others = [_figure(one) for one in found["others"]]
+        ours = _figure(found["ours"])
+        return cls(found["command"], found["case"], found["unit"], ours, others, _figure(raw) if raw else None, checks)
+
+
+def _figure(found: Mapping[str, Any]) -> Figure:
+    return Figure(found["label"], tuple(found["samples"]), found.get("note", ""))
 
 
 def to_json(value: dict[str, Any]) -> str:
@@ -169,12 +187,12 @@ def show(console: Console, title: str, rows: Sequence[Row]) -> None:
     table.add_column("met")
     for row in rows:
         cells = [_case(key, row.case[key]) if key in row.case else "" for key in cases]
-        cells.append(f"[bold]{_number(row.ours.median)}[/] ±{row.ours.spread:.0%}" + _note(row.ours))
+        cells.append(f"[bold]{number(row.ours.median)}[/] ±{row.ours.spread:.0%}" + _note(row.ours))
         for label in labels:
             figure = row.other(label)
-            cells.append("-" if figure is None else f"{_number(figure.median)} ({_ratio(row.ratio(figure))}){_note(figure)}")
+            cells.append("-" if figure is None else f"{number(figure.median)} ({times(row.ratio(figure))}){_note(figure)}")
         if raw:
-            cells.append("-" if row.raw is None else f"{row.raw.label} {_number(row.raw.median)} ({row.ratio(row.raw):.0%})")
+            cells.append("-" if row.raw is None else f"{row.raw.label} {number(row.raw.median)} ({row.ratio(row.raw):.0%})")
         cells.append(row.unit)
         cells.append("\n".join(f"{check.target}: {check.shown.format(check.value)}" for check in row.checks) or "-")
         cells.append("\n".join(_met(check.met) for check in row.checks) or "-")
@@ -194,11 +212,15 @@ def _met(met: bool | None) -> str:
     return "[dim]not judged[/]" if met is None else "[green]met[/]" if met else "[bold red]NOT MET[/]"
 
 
-def _ratio(value: float) -> str:
+def times(value: float) -> str:
+    """Write a ratio."""
+    if value == float("inf"):
+        return "∞"
     return f"{value:.0f}x" if value >= 100 else f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Write a figure with as many digits as it deserves."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

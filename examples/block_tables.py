@@ -1,5 +1,7 @@
 """Two KV pools of different layouts: SGLang's [layers, 2, blocks, page] and vLLM's [blocks, layers, 2, page].
 
+    python examples/block_tables.py
+
 `BlockLayout` lists the pages of both in one order, so that one call moves a request's blocks whatever the pools look like.
 """
 

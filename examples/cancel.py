@@ -1,4 +1,7 @@
-"""Give up on a transfer: when the `except` is reached, the memory of both sides may be reused at once."""
+"""Give up on a transfer: when the `except` is reached, the memory of both sides may be reused at once.
+
+Run it: `python examples/cancel.py`.
+"""
 
 import asyncio
 

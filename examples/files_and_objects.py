@@ -1,17 +1,23 @@
-"""Write pages of registered memory to a file and to many objects, and read them back in another order."""
+"""Write pages of registered memory to a file and to many objects, and read them back in another order.
 
+python examples/files_and_objects.py                                   # the objects are files in a temporary directory
+python examples/files_and_objects.py --url s3://bucket/prefix          # AWS_ACCESS_KEY_ID and so on are read as usual
+python examples/files_and_objects.py --url s3://bucket/prefix --endpoint http://host:9000
+"""
+
+import argparse
 import asyncio
 import sys
 import tempfile
 
 import numpy as np
 
-from nixl_async import Agent, PartsFailed
+from nixl_async import Agent, NixlError, PartsFailed
 
 PAGE, N = 65_536, 64
 
 
-async def main(url: str, directory: str) -> None:
+async def main(url: str, options: dict[str, str], directory: str) -> None:
     """Use the store at `url`, and a file in `directory`."""
     kv, back = np.random.default_rng(0).integers(0, 255, N * PAGE, np.uint8), np.zeros(N * PAGE, np.uint8)
     async with Agent("offload") as agent:
@@ -27,7 +33,7 @@ async def main(url: str, directory: str) -> None:
             print(agent.explain(file, target))
 
         # Many objects in one transfer; each tells when it is there, or why it is not.
-        store = await agent.store(url)
+        store = await agent.store(url, **options)
         keys = [f"block-{i:03d}" for i in order]
         await agent.transfer(source.pages(order, PAGE), store.objects(keys, PAGE))
         await store.delete(keys[:2])
@@ -42,5 +48,13 @@ async def main(url: str, directory: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--url", help="a store: s3://BUCKET/PREFIX, az://..., gs://..., file://...")
+    parser.add_argument("--endpoint", help="the URL of an S3 server that is not Amazon's")
+    given = parser.parse_args()
+    options = {"endpoint_url": given.endpoint, "addressing": "path"} if given.endpoint else {}
     with tempfile.TemporaryDirectory() as scratch:
-        asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else f"file://{scratch}/store", scratch))
+        try:
+            asyncio.run(main(given.url or f"file://{scratch}/store", options, scratch))
+        except NixlError as error:
+            sys.exit(f"{type(error).__name__}: {error}")

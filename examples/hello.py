@@ -1,4 +1,7 @@
-"""The smallest transfer: one agent writes a page into another agent's memory."""
+"""The smallest transfer: one agent writes a page into another agent's memory.
+
+Run it: `python examples/hello.py`.
+"""
 
 import asyncio
 

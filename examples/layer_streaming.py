@@ -1,5 +1,7 @@
 """Two prefill ranks push a request into one decode rank, layer by layer while it is computed; another request is pulled.
 
+    python examples/layer_streaming.py
+
 The heads that each prefill rank has are half of those of the decode rank: a plan says which slices go where. Compute is a
 `CPUStream` here; a CUDA stream of cupy or torch takes its place unchanged.
 """

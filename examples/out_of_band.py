@@ -1,4 +1,7 @@
-"""Exchange metadata by your own means: etcd, a router, a file. Each side needs the other's blob only once."""
+"""Exchange metadata by your own means: etcd, a router, a file. Each side needs the other's blob only once.
+
+Run it: `python examples/out_of_band.py`.
+"""
 
 import asyncio
 

@@ -1,4 +1,7 @@
-"""A decode worker dies and comes back under its name; the prefill side goes on without a restart of its own."""
+"""A decode worker dies and comes back under its name; the prefill side goes on without a restart of its own.
+
+Run it: `python examples/peer_restart.py`.
+"""
 
 import asyncio
 

@@ -1,9 +1,12 @@
 """A prefill process pushes a Llama-3.1-8B KV cache into a decode process, layer by layer; every byte is checked.
 
+    python examples/prefill_decode.py
+
 The two sides are in nixl_async/demo/side.py; this is how a program runs the job. `nixl-async demo --help` has the options.
 """
 
 import asyncio
+import sys
 
 from nixl_async.demo.job import Job
 from nixl_async.demo.report import Progress, print_result
@@ -18,4 +21,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -6,13 +6,13 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nixl_async.backend import Backend, Host, StorageBackend, load_backend
+from nixl_async.backend import SCHEMES, Backend, Host, StorageBackend, load_backend
 from nixl_async.checksums import load
 from nixl_async.descriptors import Descriptor, MemoryKind, Places, Plan, Region, make_plan
 from nixl_async.discovery import Discovered, Finder, open_finder
@@ -55,7 +55,7 @@ LATE_BACKENDS = frozenset({"s3", "azure", "gcs"})
 """What an agent with the default backends adds when it is first asked for: loading their libraries takes a second. They register
 no memory, so the regions that are there already need nothing."""
 
-OFF_LOOP_DESCRIPTORS = 16384
+OFF_LOOP_DESCRIPTORS = 65536
 """Plans of more ranges than this, both sides together, are made on a thread: they would hold the loop longer than a millisecond."""
 REGISTERED_AT_ONCE = 16
 """After so many registrations the loop goes round."""
@@ -91,11 +91,12 @@ class Agent(StorageCalls, LayerCalls):
     """Moves data between registered memory here and at its peers.
 
     `name` identifies the agent to its peers and must be unique among them. `backends` are names or instances, the preferred
-    first; by default every one that is available, cheapest route first. `token` is the secret that peers prove to each other
-    (default: the environment's NIXL_ASYNC_TOKEN): one for all, which lets its owners claim any name that is not connected; or a
-    mapping from peers' names to secrets, or a callable that returns a peer's, so that each secret is good for one name. A
-    list of secrets stands for one that is being changed: the first is shown, every one is taken. `tls` encrypts control
-    connections and binds names to certificates. Without a token and mutual TLS, `serve` and `connect` need `authenticate=False`.
+    first; by default every one that is available, in the order of their ranks, which may depend on the peer. `token` is the
+    secret that peers prove to each other (default: the environment's NIXL_ASYNC_TOKEN): one for all, which lets its owners claim
+    any name that is not connected; or a mapping from peers' names to secrets, or a callable that returns a peer's, so that each
+    secret is good for one name. A list of secrets stands for one that is being changed: the first is shown, every one is taken.
+    `tls` encrypts control connections and binds names to certificates. Without a token and mutual TLS, `serve` and `connect`
+    need `authenticate=False`.
     `liveness` says when a silent peer is suspect and when it is lost, `connection_limits` how many strangers are taken in at once.
     `discovery` is the URL of a store where agents find each other by name, such as "etcd://host:2379" (see `nixl_async.discovery`):
     `serve` publishes this agent there, and `await agent.peer("decode-3")` connects to others.
@@ -105,6 +106,9 @@ class Agent(StorageCalls, LayerCalls):
     Use it as `async with Agent("decode-0") as agent:`. Leaving the block cancels what is in flight, waits until nothing
     moves, parts from the peers and releases everything. One agent belongs to one event loop.
     """
+
+    # Whether backends that are given are tried in the order of their ranks, as the default ones are.
+    _by_rank = False
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class Agent(StorageCalls, LayerCalls):
         if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_NBYTES:
             raise ConfigurationError(f"agent name {name!r} must be a string of 1 to {MAX_NAME_NBYTES} bytes")
         self.name = name
-        self.incarnation = secrets.token_hex(8)
+        self.incarnation: str = secrets.token_hex(8)
         given = token if token is not None else os.environ.get(TOKEN_VARIABLE)
         self._credentials = Credentials(given, tls)
         if not authenticate:
@@ -153,19 +157,27 @@ class Agent(StorageCalls, LayerCalls):
                 discovery, self._membership, name, self.incarnation, authenticated=self._credentials.authenticates
             )
         self._loop: asyncio.AbstractEventLoop
-        self._router = Router(self._backends, self._unavailable, self._membership)
+        ranked = backends is None or self._by_rank
+        self._router = Router(self._backends, self._unavailable, self._membership, ranked=ranked)
         self._dispatcher: Dispatcher
         self._planner: ThreadPoolExecutor | None = None
         self._adding = asyncio.Lock()
         # No lower number is free for a region without a name.
         self._unnamed = 1
         self._turn = 0
-        self._stores = Stores(self._storage)
+        self._stores = Stores(self._schemes, self._storage)
         self._files = set()
         self._state = "new"
+        self._withdrawal: asyncio.Task[None] | None = None
+        """Since `drain`: withdraws from discovery and takes nobody in any more."""
 
     def __repr__(self) -> str:
-        return f"<Agent {self.name!r} {self._state}: {len(self._membership.peers)} peers, {len(self._membership.regions)} regions>"
+        peers, regions = len(self._membership.peers), len(self._membership.regions)
+        return f"<Agent {self.name!r} {self._shown_state}: {peers} peers, {regions} regions>"
+
+    @property
+    def _shown_state(self) -> str:
+        return "draining" if self._withdrawal is not None and self._state == "open" else self._state
 
     # Opening and closing.
 
@@ -215,8 +227,18 @@ class Agent(StorageCalls, LayerCalls):
             peer_lost=partial(self._membership.backend_lost, backend.name),
             notification=self._stock_notification,
             fence=partial(self._membership.fence, backend.name),
+            rank_changed=self._router.rank_changed,
             backends=self._backends,
+            preferred=self._router.preferred,
         )
+
+    def _schemes(self) -> Mapping[str, str]:
+        """Return which backend serves which URL scheme: those of this agent in their order, then ours that it has not loaded."""
+        served: dict[str, str] = {}
+        for name, backend in self._backends.items():
+            if isinstance(backend, StorageBackend):
+                served |= {scheme: name for scheme in backend.schemes if scheme not in served}
+        return SCHEMES | served
 
     async def _storage(self, name: str) -> StorageBackend:
         """Return the backend of that name; add it if this agent has the default ones."""
@@ -242,11 +264,44 @@ class Agent(StorageCalls, LayerCalls):
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
+    async def drain(self) -> None:
+        """Withdraw from discovery, let nobody join any more, and return when what is under way has ended: before a restart.
+
+        Who looks this agent up does not find it, and new connections are refused. Connected peers stay connected: they are told
+        `withdrawn` where they use the same discovery, and go on to reach what is registered here. Waited for are this agent's
+        transfers, its `push`, `pull`, `offer` and `incoming` blocks, notifications that wait for room, and leases until they have
+        ended and are quiet; what begins meanwhile too. What peers read and write here by their own transfers, without a lease, is
+        known to them alone: let them say by a notification that they are done, before this agent is closed.
+
+        Everything but `serve` works until `aclose`, so that what was begun can be finished. Nothing undoes it. Bound the wait by
+        `asyncio.timeout`: cancelling this ends the waiting alone, the agent stays withdrawn, and it may be awaited again.
+
+        Raises:
+            ClosedError: the agent is closed, or was closed meanwhile.
+        """
+        self._check_open()
+        if self._withdrawal is None:
+            self._withdrawal = self._loop.create_task(self._withdraw())
+        await asyncio.shield(self._withdrawal)
+        while self._dispatcher.busy or self._exchanges.busy or self._membership.busy:
+            await self._dispatcher.idle()
+            await self._exchanges.idle()
+            await self._membership.idle()
+        self._check_open()
+
+    async def _withdraw(self) -> None:
+        if self._finder is not None:
+            # First: who was told that it is here is let in.
+            await self._finder.withdraw()
+        self._membership.refuse()
+
     async def aclose(self) -> None:
         """Cancel what is in flight, wait until nothing moves, part from the peers and release everything. Idempotent."""
         if self._state != "open":
             return
         self._state = "closing"
+        if self._withdrawal is not None:
+            await self._withdrawal
         if self._finder is not None:
             # Before anything else goes: nobody should be sent here any more.
             await self._finder.aclose()
@@ -415,13 +470,17 @@ class Agent(StorageCalls, LayerCalls):
     async def serve(self, host: str = "127.0.0.1", port: int = 0, *, advertise: str | None = None) -> tuple[str, int]:
         """Let peers connect at `host`:`port` (0: any free port); return the address. `advertise` is the host told to peers.
 
-        With `discovery` the agent is published there, and withdrawn when it closes; where the store is away, as soon as it is back.
+        With `discovery` the agent is published there, and withdrawn when it drains or closes; where the store is away, as soon as
+        it is back.
 
         Raises:
             ConfigurationError: there is no token and `authenticate` is not False, or the address cannot be used.
+            ClosedError: the agent is closed, or drains.
         """
         self._check_open()
         self._check_token()
+        if self._withdrawal is not None:
+            raise ClosedError(f"agent {self.name!r} drains: nobody joins it any more")
         if self._finder is not None and advertise is None:
             advertise = await self._finder.reachable(host)
         address = await self._membership.serve(host, port, advertise)
@@ -437,8 +496,9 @@ class Agent(StorageCalls, LayerCalls):
         Connecting to an agent that is connected already returns the peer there is.
 
         Raises:
-            PeerLost: nobody answers there.
+            PeerLost: nobody answers there, or not within `ConnectionLimits.handshake_seconds` (5), as an agent that is stopped.
             AuthenticationError: the two sides have different tokens.
+            ProtocolError: what answers there is no agent, or not one of a version that this one knows.
         """
         self._check_open()
         self._check_token()
@@ -541,7 +601,8 @@ class Agent(StorageCalls, LayerCalls):
         before `notify` is sent, page by page, each computed off the loop by the process that owns the memory: see `IntegrityError`.
         A page is a range of the side that has more of them; one range alone is compared by the mebibyte. Nobody may write to either
         side meanwhile. Files and objects are read back for it; a device's memory is refused.
-        When this raises, `CancelledError` and `TimeoutError` included, no byte moves any more and `dst` is undefined.
+        When this raises, `CancelledError` and `TimeoutError` included, no byte moves any more and `dst` is undefined. What does not
+        become quiet raises `Quarantined`, in place of `CancelledError` too: see `Transfer`.
 
         Raises:
             DescriptorError: the sides do not fit together.
@@ -556,9 +617,14 @@ class Agent(StorageCalls, LayerCalls):
         elif isinstance(src, Descriptor) and isinstance(dst, Descriptor) and len(src) + len(dst) <= OFF_LOOP_DESCRIPTORS:
             prepared = self._prepare_now(src, dst, backend, verify is not None or self._verify is not None)
         else:
-            prepared = await self.prepare(src, _both(dst), backend=backend)
+            prepared = await self.prepare(src, _both(dst), backend=backend, once=True)
         check = None if verify is None and self._verify is None else self._check(prepared, verify)
         return await self._dispatcher.transfer(prepared, notify, urgency(priority, deadline, traffic_class), after, check)
+
+    def _begin(self, prepared: PreparedTransfer) -> TransferResult | Awaitable[TransferResult] | None:
+        """Copy an ordinary prepared transfer in this call if it is small, or start it; `None` if it is one for `transfer`."""
+        self._check_prepared(prepared)
+        return None if self._verify is not None else self._dispatcher.begin(prepared)
 
     def submit(
         self,
@@ -584,10 +650,20 @@ class Agent(StorageCalls, LayerCalls):
         check = None if verify is None and self._verify is None else self._check(src, verify)
         return self._dispatcher.submit(src, notify, urgency(priority, deadline, traffic_class), after, check)
 
-    async def prepare(self, src: Places, dst: Places, *, backend: str | None = None) -> PreparedTransfer:
-        """Check, pair, coalesce and route a transfer once, to send it many times; large ones are prepared off the loop."""
+    async def prepare(self, src: Places, dst: Places, *, backend: str | None = None, once: bool = False) -> PreparedTransfer:
+        """Check, pair, coalesce and route a transfer, to send it many times; large ones are prepared off the loop.
+
+        A device is told of its pages too, which takes longer than sending it: not if it will be sent `once`.
+        """
         if _count(src) + _count(dst) <= OFF_LOOP_DESCRIPTORS:
-            return self._prepare_now(src, dst, backend, True)
+            prepared = self._prepare_now(src, dst, backend, True)
+        else:
+            prepared = await self._prepare_elsewhere(src, dst, backend)
+        if not once:
+            await self._dispatcher.make_ready(prepared)
+        return prepared
+
+    async def _prepare_elsewhere(self, src: Places, dst: Places, backend: str | None) -> PreparedTransfer:
         self._check_open()
         if self._planner is None:
             self._planner = ThreadPoolExecutor(1, thread_name_prefix=f"nixl-plan-{self.name}")
@@ -619,7 +695,7 @@ class Agent(StorageCalls, LayerCalls):
         At most `limit` transfers, the oldest, and as many peers; `omitted` says how many more there are. Times are seconds ago. A
         thousand transfers hold the loop for some milliseconds.
         """
-        told: dict[str, Any] = {"agent": self.name, "incarnation": self.incarnation, "state": self._state}
+        told: dict[str, Any] = {"agent": self.name, "incarnation": self.incarnation, "state": self._shown_state}
         return told | (dump(self._dispatcher, self._membership, limit) if self._state in ("open", "closing") else {})
 
     def _prepare_now(self, src: Places, dst: Places, backend: str | None, keep_places: bool) -> PreparedTransfer:

@@ -18,14 +18,42 @@ PAGE_NBYTES = 4096
 """What is lent begins at a multiple of this, for direct I/O."""
 
 
+class Stretches:
+    """What of `nbytes` bytes is free, first fit; neighbours that are given back become one."""
+
+    def __init__(self, nbytes: int) -> None:
+        # Offset and bytes, in order.
+        self._free = [(0, nbytes)]
+
+    def take(self, nbytes: int) -> int | None:
+        """Take `nbytes` bytes in one piece; return their offset, or `None` if no free stretch is that long."""
+        position = next((i for i, (_, free) in enumerate(self._free) if free >= nbytes), None)
+        if position is None:
+            return None
+        at, free = self._free.pop(position)
+        if free > nbytes:
+            self._free.insert(position, (at + nbytes, free - nbytes))
+        return at
+
+    def give(self, at: int, nbytes: int) -> None:
+        """Give back what was taken."""
+        insort(self._free, (at, nbytes))
+        merged: list[tuple[int, int]] = []
+        for start, length in self._free:
+            if merged and merged[-1][0] + merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + length)
+            else:
+                merged.append((start, length))
+        self._free = merged
+
+
 class Arena:
     """Lends stretches of a region's memory, first come, first served: a large request is not overtaken by small ones."""
 
     def __init__(self, region: MemoryRegion) -> None:
         self.region = region
         self.lent_nbytes = self.peak_nbytes = 0
-        # Offset and bytes of what is free, in order; neighbours are one.
-        self._free = [(0, region.nbytes)]
+        self._stretches = Stretches(region.nbytes)
         self._waiting: deque[tuple[int, asyncio.Future[int]]] = deque()
 
     @asynccontextmanager
@@ -62,12 +90,9 @@ class Arena:
             if future.cancelled():
                 # Its task takes it out of the queue when it runs.
                 return
-            position = next((i for i, (_, free) in enumerate(self._free) if free >= nbytes), None)
-            if position is None:
+            at = self._stretches.take(nbytes)
+            if at is None:
                 return
-            at, free = self._free.pop(position)
-            if free > nbytes:
-                self._free.insert(position, (at + nbytes, free - nbytes))
             self.lent_nbytes += nbytes
             self.peak_nbytes = max(self.peak_nbytes, self.lent_nbytes)
             self._waiting.popleft()
@@ -75,12 +100,5 @@ class Arena:
 
     def _give(self, at: int, nbytes: int) -> None:
         self.lent_nbytes -= nbytes
-        insort(self._free, (at, nbytes))
-        merged: list[tuple[int, int]] = []
-        for start, length in self._free:
-            if merged and merged[-1][0] + merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._free = merged
+        self._stretches.give(at, nbytes)
         self._serve()

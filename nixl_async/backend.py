@@ -84,11 +84,18 @@ class Op:
     put: bool
     parts: tuple[tuple[int, int, int], ...] = ()
     report: Callable[[int, int, TransferError | None], None] = _nobody
+    kept: Any = None
+    """For the backend: what it has made of an op that it may be given again (`copy_now`)."""
 
     @property
     def nbytes(self) -> int:
         """The bytes this op moves."""
         return self.plan.nbytes
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Our side, and the peer's."""
+        return (self.plan.src, self.plan.dst) if self.put else (self.plan.dst, self.plan.src)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,7 @@ class Host:
 
     `peer_lost(peer, reason)` and `notification(sender, payload)` must be called on the loop's thread. After `peer_lost` of a peer
     that is still there, the backend is asked to `connect` to it again, until it succeeds.
+    `rank_changed()`, on the loop's thread too, says that the backend's `rank_for` may answer otherwise than before.
     `fence(peer, mark)` has the peer's backend of the same name carry out `Backend.fence`, and returns when that is done. It raises
     `PeerLost` when the peer is lost meanwhile, and another `TransferError` when the peer does not confirm.
     """
@@ -132,8 +140,11 @@ class Host:
     peer_lost: Callable[[str, str], None] = field(default=lambda peer, reason: None)
     notification: Callable[[str, bytes], None] = field(default=lambda sender, payload: None)
     fence: Callable[[str, bytes], Awaitable[None]] = _nobody_to_ask
+    rank_changed: Callable[[], None] = field(default=lambda: None)
     backends: Mapping[str, Backend] = field(default_factory=dict)
     """All of the agent's, for a backend that relays between others."""
+    preferred: Callable[[list[Backend], Side, Side], list[Backend]] = field(default=lambda backends, src, dst: backends)
+    """Puts backends that can copy between two sides in the agent's order, for the same."""
 
 
 class Backend(ABC):
@@ -146,17 +157,26 @@ class Backend(ABC):
     """Whether the backend reaches peers; a local one is never asked to `connect`."""
     relays: ClassVar[bool] = False
     """Whether it moves bytes through other backends of the agent, to peers too without being connected to them."""
+    begins: ClassVar[bool] = False
+    """Whether `copy_now` may begin what ends later."""
     reports: ClassVar[bool] = False
     """Whether it calls `Op.report`."""
     revocation: ClassVar[Revocation] = Revocation.ACKNOWLEDGED
     """What `revoke` achieves, and what must be waited for besides."""
     limits: Limits = Limits()
     rank: int = 50
-    """Routes are tried in rising rank; a caller's `backend=` overrides it."""
+    """Routes are tried in rising rank, unless the caller has given an order: `Agent(backends=[…])`, `backend=` of a transfer."""
 
     @abstractmethod
     def refusal(self, src: Side, dst: Side) -> str | None:
         """Return why this backend cannot copy between the two sides, or `None` if it can. Pure, cheap, no I/O."""
+
+    def rank_for(self, src: Side, dst: Side) -> int:
+        """Return the rank between two sides that it does not refuse, where that depends on them or their peer.
+
+        Pure, cheap, no I/O: it is asked for each transfer that is prepared. The answer may change; then call `Host.rank_changed`.
+        """
+        return self.rank
 
     def how(self, src: Side, dst: Side) -> str:
         """Return in a few words by which of its ways it would copy; `Agent.explain` shows it."""
@@ -183,9 +203,16 @@ class Backend(ABC):
     def copy_now(self, op: Op) -> bool | Begun:
         """Copy a small op at once on the calling thread and return True, or return False to be given it through `copy`.
 
-        It must take far less than a millisecond. What it has begun and cannot finish in that time it returns as `Begun`.
+        It must take far less than a millisecond. What it has begun and cannot finish in that time it returns as `Begun`. What is
+        prepared is the same op each time.
         """
         return False
+
+    async def prepare(self, op: Op) -> None:
+        """Make ready for ops of this very plan, which a caller means to send many times; nothing is moved.
+
+        What has been kept for it goes when the plan is collected. It is never asked for large transfers that are cut into slices.
+        """
 
     async def open(self, host: Host) -> None:
         """Acquire what the backend needs: threads, sockets, contexts. Called once, on the loop that will be used.

@@ -5,28 +5,29 @@ from __future__ import annotations
 import asyncio
 import enum
 import errno
+import io
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 T = TypeVar("T")
 app = typer.Typer(
-    help="Move LLM inference data between processes, machines and memories.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
+UNREAD = 128 + signal.SIGPIPE
 IN_PROCESS = "memory"
 
 
-class ModelName(enum.Enum):
+class ModelName(enum.StrEnum):
     """The model shapes that the demo knows."""
 
     LLAMA_8B = "llama-3.1-8b"
@@ -35,21 +36,21 @@ class ModelName(enum.Enum):
     QWEN3_235B = "qwen3-235b"
 
 
-class Format(enum.Enum):
+class Format(enum.StrEnum):
     """How a result is printed."""
 
     TABLE = "table"
     JSON = "json"
 
 
-class Report(enum.Enum):
+class Report(enum.StrEnum):
     """How the doctor's report is printed."""
 
     TEXT = "text"
     JSON = "json"
 
 
-class Versus(enum.Enum):
+class Versus(enum.StrEnum):
     """What the demo can be compared with."""
 
     NIXL = "nixl"
@@ -147,6 +148,23 @@ def _known(name: str) -> str:
     if name == IN_PROCESS:
         raise ConfigurationError(f"backend {name!r} does not reach other processes; the demo has two")
     return name
+
+
+def _print_version(asked: bool) -> None:
+    from nixl_async import __version__
+
+    if asked:
+        print(f"nixl-async {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Move LLM inference data between processes, machines and memories."""
 
 
 @app.command()
@@ -344,9 +362,44 @@ def record(
     print(f"{output}: {len(told['events'])} events{dropped}")
 
 
+class _Output(io.TextIOWrapper):
+    """Standard output that ends the program quietly when nobody reads it any more, as SIGPIPE ends others.
+
+    The signal itself would end it for sockets that break, too.
+    """
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._end()
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._end()
+
+    def _end(self) -> NoReturn:
+        # What is still written while the program ends has to go somewhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        raise SystemExit(UNREAD)
+
+
 def main() -> None:
     """Run the command line."""
-    app()
+    given = sys.stdout
+    if isinstance(given, io.TextIOWrapper):
+        options = {"encoding": given.encoding, "errors": given.errors, "line_buffering": given.line_buffering}
+        sys.stdout = _Output(given.detach(), **options)  # type: ignore[arg-type]
+    try:
+        app()
+    finally:
+        if given is not None:
+            # Here, and not when the interpreter ends, which would complain.
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,10 @@ class Connector:
             if isinstance(error, ssl.SSLError):
                 raise ProtocolError(f"TLS fails with whoever answers at {host}: {error}") from error
             if isinstance(error, OSError) and not isinstance(error, NixlError):
-                link.turned_away = isinstance(error, ConnectionError) and not isinstance(error, TimeoutError)
+                # Of these asyncio aborts the one whose TLS handshake takes too long.
+                link.turned_away = isinstance(error, ConnectionError) and not isinstance(
+                    error, TimeoutError | ConnectionAbortedError
+                )
                 raise PeerLost(f"the connection to {host} ended before it was set up: {error}", retryable=True) from error
             raise
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,6 +54,13 @@ def slices(n: int, *, ordered: bool) -> Iterator[tuple[int, int]]:
         at += size
 
 
+@lru_cache(maxsize=1)
+def _tell(driver: Any) -> None:
+    """Tell the compiled module where the driver's functions are."""
+    names = "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuLaunchKernel", "cuStreamQuery"
+    lib.nx_cuda_use(*(ctypes.cast(getattr(driver, name), ctypes.c_void_p).value or 0 for name in names))
+
+
 class Pinned:
     """Pinned host memory, which devices see too. Its owner's device is current where it is made and freed."""
 
@@ -68,6 +76,17 @@ class Pinned:
         load_driver().cuMemFreeHost(self.address)
 
 
+class Described:
+    """A batch as the kernel is told of it: its arrays at an address of the device, and its shape."""
+
+    __slots__ = ("arguments", "blocks")
+
+    def __init__(self, batch: Batch, at: int) -> None:
+        arrays = at, at + 8 * batch.n, 0 if batch.same else at + 16 * batch.n
+        self.arguments = ffi.new("uint64_t[]", [*arrays, batch.piece_nbytes, batch.units, batch.units_per_piece])
+        self.blocks = batch.blocks
+
+
 class Lane:
     """A stream of one device, with room for the descriptors of one batch and, when asked for, staging. One op uses it at a time.
 
@@ -79,6 +98,7 @@ class Lane:
     def __init__(self, device: int, staging_nbytes: int, urgent: bool = False) -> None:
         self.device, self.urgent = device, urgent
         self._driver = load_driver()
+        _tell(self._driver)
         self._staging_nbytes = staging_nbytes
         stream, event, lowest, highest = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
         check(self._driver.cuCtxGetStreamPriorityRange(ctypes.byref(lowest), ctypes.byref(highest)), "stream priorities")
@@ -86,9 +106,7 @@ class Lane:
         check(self._driver.cuStreamCreateWithPriority(ctypes.byref(stream), _NON_BLOCKING, priority), "a stream")
         check(self._driver.cuEventCreate(ctypes.byref(event), _BLOCKING_EVENT), "an event")
         self.stream, self._event = stream.value, event.value
-        self._arguments = (ctypes.c_uint64 * 8)()
-        base = ctypes.addressof(self._arguments)
-        self._pointers = (ctypes.c_void_p * 8)(*range(base, base + 64, 8))
+        self._context = primary_context(device)
         self._on_device = 0
         self._used = 0
         self._make_room(DESCRIBED_NBYTES)
@@ -106,8 +124,14 @@ class Lane:
     def buffer(self) -> int:
         """The address of the lane's staging in the device's memory."""
         if not self._buffer:
-            self._buffer = self._allocate(self._staging_nbytes)
+            self._buffer = self.allocate(self._staging_nbytes)
         return self._buffer
+
+    def allocate(self, nbytes: int) -> int:
+        """Take memory of the device, which may wait for all that runs on it; return its address."""
+        address = ctypes.c_uint64()
+        check(self._driver.cuMemAlloc_v2(ctypes.byref(address), nbytes), f"{nbytes} bytes of device memory")
+        return address.value
 
     def copy(
         self,
@@ -136,6 +160,41 @@ class Lane:
         self._used = 0
         for start, stop in parts:
             self._copy_slice(handles, src[start:stop], dst[start:stop], lengths[start:stop], moves, far, max_blocks)
+
+    def copy_described(self, batch: Described, max_blocks: int = 0) -> None:
+        """Enqueue the copy of what has been described to the device."""
+        blocks = min(batch.blocks, max_blocks or batch.blocks)
+        self._call(0, kernels(self.device).copy, blocks, THREADS_PER_BLOCK, batch.arguments)
+
+    def send(self, batch: Described) -> None:
+        """Enqueue the copy of what has been described, whatever context is current."""
+        self._call(self._context, kernels(self.device).copy, batch.blocks, THREADS_PER_BLOCK, batch.arguments)
+
+    def describe(
+        self,
+        src: Array,
+        dst: Array,
+        lengths: Array,
+        *,
+        moves: tuple[int, int] = (0, 0),
+        far: Far | None = None,
+        take: Callable[[int], int | None],
+    ) -> Described | None:
+        """Describe segments to the device once for many copies, where `take` finds so many bytes of its memory; wait for it.
+
+        Return `None` where there is no memory for it, and where the driver copies.
+        """
+        handles = kernels(self.device)
+        if len(lengths) == 1 or not handles.copy:
+            return None
+        batch = make_batch(src, dst, lengths)
+        nbytes = 8 * batch.n * batch.rows
+        if (to := take(nbytes)) is None:
+            return None
+        self._used = 0
+        self.copy_run(to, self._describe(handles, batch, moves, far), nbytes)
+        self.wait()
+        return Described(batch, to)
 
     def order_pays(self, low: int, nbytes: int) -> bool:
         """Tell whether far memory is read faster in the order of its addresses: some of it is, for about a millisecond.
@@ -180,7 +239,7 @@ class Lane:
 
     def query(self) -> int:
         """Return what the driver says of the stream."""
-        return int(self._driver.cuStreamQuery(self.stream))
+        return int(lib.nx_cuda_query(self.stream))
 
     def quiet(self) -> bool:
         """Block until nothing runs; return whether the lane can be used again."""
@@ -208,12 +267,7 @@ class Lane:
         max_blocks: int,
     ) -> None:
         batch = make_batch(src, dst, lengths)
-        at = self._describe(handles, batch, moves, far)
-        n, blocks = batch.n, min(batch.blocks, max_blocks or batch.blocks)
-        described = at, at + 8 * n, 0 if batch.same else at + 16 * n
-        self._launch(
-            handles.copy, blocks, THREADS_PER_BLOCK, *described, batch.piece_nbytes, batch.units, batch.units_per_piece
-        )
+        self.copy_described(Described(batch, self._describe(handles, batch, moves, far)), max_blocks)
 
     def _describe(self, handles: Kernels, batch: Batch, moves: tuple[int, int], far: Far | None) -> int:
         """Enqueue what puts a batch's arrays where the device finds them; return where that is."""
@@ -269,22 +323,17 @@ class Lane:
         return offset
 
     def _launch(self, kernel: int, blocks: int, threads: int, *arguments: int) -> None:
-        # 32-bit parameters are the low halves: all that CUDA runs on is little-endian.
-        for number, argument in enumerate(arguments):
-            self._arguments[number] = argument
-        shape = (blocks, 1, 1, threads, 1, 1, 0)
-        check(self._driver.cuLaunchKernel(kernel, *shape, self.stream, self._pointers, None), "launching a kernel")
+        self._call(0, kernel, blocks, threads, ffi.new("uint64_t[]", arguments))
+
+    def _call(self, context: int, kernel: int, blocks: int, threads: int, arguments: Any) -> None:
+        code = lib.nx_cuda_launch(context, self.stream, kernel, blocks, threads, arguments, len(arguments))
+        check(code, "launching a kernel")
 
     def _make_room(self, nbytes: int) -> None:
         described = Pinned(nbytes)
         # As they come, and in order.
-        on_device = self._allocate(2 * nbytes)
+        on_device = self.allocate(2 * nbytes)
         if self._on_device:
             self._described.free()
             self._driver.cuMemFree_v2(self._on_device)
         self._described, self._on_device = described, on_device
-
-    def _allocate(self, nbytes: int) -> int:
-        address = ctypes.c_uint64()
-        check(self._driver.cuMemAlloc_v2(ctypes.byref(address), nbytes), f"{nbytes} bytes of device memory")
-        return address.value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nixl_async.backend import Begun
 from nixl_async.cuda import check, entered, load_driver
 from nixl_async.cuda_kernels import is_compiled, kernels
-from nixl_async.cuda_lane import Lane
+from nixl_async.cuda_lane import Described, Lane
 from nixl_async.errors import BackendError
 from nixl_async.native import ffi, lib
 
@@ -38,6 +38,12 @@ BRIEF_SECONDS = 40e-6
 
 On machines whose cores sleep deeply, virtual ones above all, to be woken takes five times as long as such a copy.
 """
+WATCHED_SECONDS = 3e-3
+"""What should end so soon, by the speed of what has ended before, the loop looks after between its callbacks; it does not sleep."""
+WATCHED_NBYTES = 16 << 20
+"""Launches of fewer bytes tell nothing of the speed."""
+UNKNOWN_SPEED = 1.5e12
+"""Bytes per second, until some have been moved."""
 PATIENCE = 4
 """After so many looks in vain, while the device has other work, only one of `LOOKS_AGAIN` such launches is looked after."""
 LOOKS_AGAIN = 64
@@ -47,18 +53,29 @@ READY_LANES = 2
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    argument: Any
     device: int
     urgent: bool
-    work: Callable[[Lane], None]
+    work: Callable[[Lane], None] | None
     future: asyncio.Future[None]
-    brief: bool
+    nbytes: int
+    way: Hashable
+    ended: Callable[[BaseException | None], BaseException | None] | None
     lane: Lane | None = None
+    began: float = 0.0
+    watched_until: float = 0.0
 
 
 def begun(launched: asyncio.Future[None]) -> bool | Begun:
     """Return what `Backend.copy_now` tells of a launch: that it has ended, or what waits for it, since it cannot be taken back."""
     return (launched.done() and not launched.exception()) or Begun(launched, lambda: None)
+
+
+def _error(code: int) -> BackendError | None:
+    try:
+        check(code, "copying")
+    except BackendError as error:
+        return error
+    return None
 
 
 class Lanes:
@@ -83,6 +100,8 @@ class Lanes:
         self._jobs: dict[int, _Job] = {}
         self._next = 0
         self._patience, self._unseen = PATIENCE, 0
+        self._speeds: dict[Hashable, float] = {}
+        self._watched: dict[int, _Job] = {}
         self._timer: asyncio.TimerHandle | None = None
         loop.add_reader(self._fd, self._readable)
 
@@ -120,27 +139,67 @@ class Lanes:
         return self._loop.run_in_executor(self._launcher, function, *arguments)
 
     def launch(
-        self, device: int, work: Callable[[Lane], None], *, now: bool = False, urgent: bool = False, nbytes: int = 0
+        self,
+        device: int,
+        work: Callable[[Lane], None],
+        *,
+        now: bool = False,
+        urgent: bool = False,
+        nbytes: int = 0,
+        way: Hashable = None,
+        ended: Callable[[BaseException | None], BaseException | None] | None = None,
     ) -> asyncio.Future[None]:
         """Let `work` enqueue something on a lane of `device`; return a future that ends when that has ended on the device.
 
         `work` is called on the launching thread, or, with `now`, at once if a lane is idle. The future gets what `work` raises, or
-        the device's error, once the lane is quiet. Of little that was launched at once, `nbytes` bytes, the end may be there when
-        this returns.
+        the device's error, once the lane is quiet, or what `ended` makes of that. Of little that was launched at once, `nbytes`
+        bytes, the end may be there when this returns. `way` tells apart what is of different speed.
         """
-        self._next += 1
-        argument = lib.nx_signals_add(self._signals, self._next)
-        if argument == ffi.NULL:
-            raise MemoryError("no memory for a signal from a CUDA stream")
-        job = _Job(argument, device, urgent, work, self._loop.create_future(), 0 < nbytes <= BRIEF_NBYTES)
-        self._jobs[self._next] = job
+        job = self._begin(device, work, urgent, nbytes, way, ended)
         if now and self._idle.get((device, urgent)) and is_compiled(device):
             self._enqueue(self._next, job, here=True)
         else:
             self._launcher.submit(self._enqueue, self._next, job)
-        if self._timer is None:
-            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+            self._look_later()
         return job.future
+
+    def send(
+        self,
+        device: int,
+        described: Described,
+        *,
+        urgent: bool,
+        nbytes: int,
+        way: Hashable = None,
+        ended: Callable[[BaseException | None], BaseException | None] | None = None,
+    ) -> asyncio.Future[None]:
+        """Launch the copy of what has been described to a device, at once if a lane is idle; see `launch`."""
+        idle = self._idle.get((device, urgent))
+        if not idle:
+            return self.launch(device, lambda lane: lane.send(described), urgent=urgent, nbytes=nbytes, way=way, ended=ended)
+        job, token = self._begin(device, None, urgent, nbytes, way, ended), self._next
+        with self._lock:
+            lane = job.lane = idle.pop()
+        try:
+            job.began = time.perf_counter()
+            lane.send(described)
+            self._await_end(token, job, lane, here=True)
+        except BaseException as error:
+            self._failed(token, job, lane, error)
+        return job.future
+
+    def _begin(
+        self,
+        device: int,
+        work: Callable[[Lane], None] | None,
+        urgent: bool,
+        nbytes: int,
+        way: Hashable,
+        ended: Callable[[BaseException | None], BaseException | None] | None,
+    ) -> _Job:
+        self._next += 1
+        job = self._jobs[self._next] = _Job(device, urgent, work, self._loop.create_future(), nbytes, (device, way), ended)
+        return job
 
     def _make_ready(self, device: int) -> None:
         with suppress(BackendError), entered(device):
@@ -150,40 +209,100 @@ class Lanes:
                     self._give(Lane(device, self.chunk_nbytes, urgent))
 
     def _enqueue(self, token: int, job: _Job, here: bool = False) -> None:
-        driver = load_driver()
         try:
             with entered(job.device):
                 lane = job.lane = self._take(job.device, job.urgent)
                 try:
+                    assert job.work is not None
+                    job.began = time.perf_counter()
                     job.work(lane)
-                    if here and job.brief and self._ends_soon(lane):
-                        lib.nx_signal_drop(job.argument)
-                        self._ended(token, None)
-                        return
-                    function, argument = lib.nx_signal_function(), int(ffi.cast("uintptr_t", job.argument))
-                    check(driver.cuLaunchHostFunc(lane.stream, function, argument), "a host function")
-                except BaseException:
-                    # What was enqueued before is on its way.
-                    if lane.quiet():
-                        self._give(lane)
-                    job.lane = None
-                    raise
+                    self._await_end(token, job, lane, here)
+                except BaseException as error:
+                    self._failed(token, job, lane, error)
         except BaseException as error:
-            lib.nx_signal_drop(job.argument)
             self._tell(self._ended, token, error)
+
+    def _await_end(self, token: int, job: _Job, lane: Lane, here: bool) -> None:
+        """Arrange that the loop hears of the end of what has been enqueued."""
+        if here and 0 < job.nbytes <= BRIEF_NBYTES and self._ends_soon(lane):
+            self._ended(token, None)
+        elif not self._is_watched(job):
+            self._signal(token, lane)
+            if here:
+                self._look_later()
+        elif here:
+            self._watch(token, job)
+        else:
+            self._tell(self._watch, token, job)
+
+    def _failed(self, token: int, job: _Job, lane: Lane, error: BaseException) -> None:
+        # What was enqueued before is on its way.
+        if lane.quiet():
+            self._give(lane)
+        job.lane = None
+        self._tell(self._ended, token, error)
 
     def _ends_soon(self, lane: Lane) -> bool:
         """Look for a moment whether a lane's work ends, unless that was in vain of late."""
-        if not self._patience:
-            self._unseen = (self._unseen + 1) % LOOKS_AGAIN
-            if self._unseen:
-                return False
+        if not self._may_look():
+            return False
         ends = time.perf_counter() + BRIEF_SECONDS
         while (code := lane.query()) == _NOT_READY and time.perf_counter() < ends:
             pass
         check(0 if code == _NOT_READY else code, "copying")
         self._patience = max(0, self._patience - 1) if code else PATIENCE
         return code == 0
+
+    def _may_look(self) -> bool:
+        if not self._patience:
+            self._unseen = (self._unseen + 1) % LOOKS_AGAIN
+        return bool(self._patience) or not self._unseen
+
+    def _signal(self, token: int, lane: Lane) -> None:
+        """Let the driver tell of the end."""
+        argument = lib.nx_signals_add(self._signals, token)
+        if argument == ffi.NULL:
+            raise MemoryError("no memory for a signal from a CUDA stream")
+        function, pointer = lib.nx_signal_function(), int(ffi.cast("uintptr_t", argument))
+        if code := load_driver().cuLaunchHostFunc(lane.stream, function, pointer):
+            lib.nx_signal_drop(argument)
+            check(code, "a host function")
+
+    def _is_watched(self, job: _Job) -> bool:
+        expected = job.nbytes / self._speeds.get(job.way, UNKNOWN_SPEED)
+        if job.nbytes <= BRIEF_NBYTES or expected > WATCHED_SECONDS or not self._may_look():
+            return False
+        job.watched_until = time.perf_counter() + 2 * expected + BRIEF_SECONDS
+        return True
+
+    def _watch(self, token: int, job: _Job) -> None:
+        if not self._watched:
+            self._loop.call_soon(self._peek)
+        self._watched[token] = job
+
+    def _peek(self) -> None:
+        """Ask of what is watched whether it has ended, and again when the loop has done what else there is; not for too long."""
+        for token, job in list(self._watched.items()):
+            if job.lane is None or token not in self._watched:
+                continue
+            code = job.lane.query()
+            if code != _NOT_READY:
+                self._patience = PATIENCE
+                self._ended(token, _error(code))
+            elif time.perf_counter() >= job.watched_until:
+                del self._watched[token]
+                self._patience = max(0, self._patience - 1)
+                self._sleep_on(token, job, job.lane)
+        if self._watched:
+            self._loop.call_soon(self._peek)
+
+    def _sleep_on(self, token: int, job: _Job, lane: Lane) -> None:
+        try:
+            self._signal(token, lane)
+            self._look_later()
+        except (BackendError, MemoryError) as error:
+            # Bytes may move until the lane is quiet, and waiting for that takes a thread.
+            self._launcher.submit(self._failed, token, job, lane, error)
 
     def _readable(self) -> None:
         n = _TOKENS
@@ -194,30 +313,37 @@ class Lanes:
 
     def _ended(self, token: int, error: BaseException | None) -> None:
         job = self._jobs.pop(token, None)
+        self._watched.pop(token, None)
         if job is None:
             return
         # A lane that has failed is not used again.
         if job.lane is not None and error is None:
             self._give(job.lane)
+            if job.nbytes >= WATCHED_NBYTES:
+                speed = job.nbytes / (time.perf_counter() - job.began)
+                self._speeds[job.way] = max(speed, self._speeds.get(job.way, 0.0) * 0.9 + speed * 0.1)
+        if job.ended is not None:
+            error = job.ended(error)
         if not job.future.done():
             if error is None:
                 job.future.set_result(None)
             else:
                 job.future.set_exception(error)
 
+    def _look_later(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+
     def _look(self) -> None:
         self._timer = None
         if self._jobs:
             self._launcher.submit(self._query, dict(self._jobs))
-            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+            self._look_later()
 
     def _query(self, jobs: dict[int, _Job]) -> None:
         for token, job in jobs.items():
             if job.lane is not None and (code := job.lane.query()) not in (0, _NOT_READY):
-                try:
-                    check(code, "copying")
-                except BackendError as error:
-                    self._tell(self._ended, token, error)
+                self._tell(self._ended, token, _error(code))
 
     # Chunks.
 

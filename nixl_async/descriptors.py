@@ -360,7 +360,7 @@ class Side:
         return Side(self.regions, self.addresses[which], None if self.index is None else self.index[which])
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Plan:
     """A checked, paired and coalesced transfer: `lengths[i]` bytes go from `src.addresses[i]` to `dst.addresses[i]`.
 

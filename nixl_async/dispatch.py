@@ -13,7 +13,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -132,6 +133,20 @@ class Dispatcher:
         # Quarantined transfers whose ops have not ended: they hold the peer's memory until those do.
         self._unquiet: list[tuple[TransferRecord, list[Region]]] = []
 
+    @property
+    def busy(self) -> bool:
+        """Whether transfers are under way, or wait."""
+        return bool(self.transfers or self._begun)
+
+    async def idle(self) -> None:
+        """Wait until no transfer is under way or waits."""
+        while self.busy:
+            if self._begun:
+                await asyncio.wait([begun.future for begun in self._begun])
+                await asyncio.sleep(0)
+            else:
+                await self._next_end()
+
     async def drain(self) -> None:
         """Cancel what is in flight and wait until nothing moves."""
         for transfer_id in list(self.transfers):
@@ -166,26 +181,48 @@ class Dispatcher:
             # A task that only makes small copies would never let the loop run; many tasks that make one each do.
             await asyncio.sleep(0)
             prepared.check_usable()
-        result = self._try_inline(prepared, urgency.traffic_class)
+        result = self._try_inline(prepared, urgency)
         if result is None:
             return await self.submit(prepared, notify, urgency, None)
         if isinstance(result, _Sent):
-            try:
-                result = await self._finish_begun(prepared, result, urgency.traffic_class)
-            except (BackendError, PeerLost) as error:
-                if not repeats(error, len(prepared.routes)):
-                    raise
-                # It is quiet: what is repeated goes the scheduler's way.
-                self._inline_failed(prepared, result.route, error)
-                return await self.submit(prepared, notify, urgency, None)
+            return await self._finish_sent(prepared, result, urgency, notify)
         if notify is not None:
-            payload, target = check_payload(notify), _target(prepared.plan, self._name)
-            trace = b"" if self.observers.trace is None else self.observers.trace(prepared.plan)
-            if not self._membership.notify_nowait(target, payload, trace):
-                await self._membership.notify(target, payload, trace)
+            await self._notify(prepared.plan, notify)
         return result
 
-    async def _finish_begun(self, prepared: PreparedTransfer, sent: _Sent, traffic_class: TrafficClass) -> TransferResult:
+    async def _finish_sent(
+        self, prepared: PreparedTransfer, sent: _Sent, urgency: Urgency, notify: bytes | None
+    ) -> TransferResult:
+        """Wait for the end of a copy that has been begun at once, and then tell the peer."""
+        try:
+            result = await self._finish_begun(prepared, sent, urgency)
+        except (BackendError, PeerLost) as error:
+            if not repeats(error, len(prepared.routes)):
+                raise
+            # It is quiet: what is repeated goes the scheduler's way.
+            self._inline_failed(prepared, sent.route, error)
+            return await self.submit(prepared, notify, urgency, None)
+        if notify is not None:
+            await self._notify(prepared.plan, notify)
+        return result
+
+    async def _notify(self, plan: Plan, notify: bytes) -> None:
+        payload, target = check_payload(notify), _target(plan, self._name)
+        trace = b"" if self.observers.trace is None else self.observers.trace(plan)
+        if not self._membership.notify_nowait(target, payload, trace):
+            await self._membership.notify(target, payload, trace)
+
+    async def make_ready(self, prepared: PreparedTransfer) -> None:
+        """Let the backend that comes first keep what it can for a transfer that will be sent many times."""
+        backend, plan = self._backends[prepared.routes[0]], prepared.plan
+        if type(backend).prepare is Backend.prepare:
+            return
+        # What is not ready is made ready each time.
+        with suppress(TransferError):
+            for piece in prepared.pieces:
+                await backend.prepare(Op(0, piece, plan.dst.peer or plan.src.peer, plan.dst.peer is not None))
+
+    async def _finish_begun(self, prepared: PreparedTransfer, sent: _Sent, urgency: Urgency) -> TransferResult:
         plan, (begun, route) = prepared.plan, sent
         started = self.loop.time()
         self._begun[begun] = plan
@@ -223,15 +260,19 @@ class Dispatcher:
             _let_go(plan, reason)
         seconds = self.loop.time() - started
         target = plan.dst.peer
-        self._count(plan, route, target or plan.src.peer, target is not None, traffic_class, seconds)
+        self._count(plan, route, target or plan.src.peer, target is not None, urgency, seconds)
         return TransferResult(plan.nbytes, seconds, 0.0, 1, route)
 
-    def _count(self, plan: Plan, route: str, peer: str | None, put: bool, traffic_class: TrafficClass, seconds: float) -> None:
+    def _count(self, plan: Plan, route: str, peer: str | None, put: bool, urgency: Urgency, seconds: float) -> None:
         """Count what was copied at once."""
+        traffic_class, nbytes = urgency.traffic_class, plan.nbytes
         way = TX if put else RX if peer is not None else direction(plan, None)
         moved = self._moved.get((route, peer, traffic_class, way)) or self.traffic.of(route, peer, traffic_class, way)
-        moved.nbytes += plan.nbytes
+        moved.nbytes += nbytes
         moved.transfers += 1
+        self._scheduler.copied(
+            traffic_class, nbytes, late=urgency.deadline is not None and self.loop.time() > urgency.deadline
+        )
         copied = self.observers.copied
         if copied is not None:
             copied(plan, peer, route, traffic_class, seconds)
@@ -245,28 +286,38 @@ class Dispatcher:
         else:
             self._scheduler.failovers += 1
 
-    def _try_inline(self, prepared: PreparedTransfer, traffic_class: TrafficClass) -> TransferResult | _Sent | None:
-        if len(prepared.pieces) != 1:
+    def begin(self, prepared: PreparedTransfer) -> TransferResult | Awaitable[TransferResult] | None:
+        """Copy what is small in this call or begin to, else submit it; `None` if `transfer` has to wait for the loop first."""
+        if self._inline_ns >= INLINE_BUDGET_NS:
             return None
-        plan, route = prepared.plan, prepared.routes[0]
-        if (
-            self._scheduler.outages
-            and self._scheduler.outages.first_up(prepared.routes, plan.dst.peer or plan.src.peer) != route
-        ):
+        result = self._try_inline(prepared, ORDINARY)
+        if result is None:
+            return self.submit(prepared, None, ORDINARY, None)
+        return self._finish_sent(prepared, result, ORDINARY, None) if isinstance(result, _Sent) else result
+
+    def _try_inline(self, prepared: PreparedTransfer, urgency: Urgency) -> TransferResult | _Sent | None:
+        found = prepared.at_once
+        if found is None:
+            if len(prepared.pieces) != 1 or not self._backends[prepared.routes[0]].limits.inline_nbytes:
+                return None
+            plan = prepared.plan
+            op = Op(0, plan, plan.dst.peer or plan.src.peer, plan.dst.peer is not None)
+            found = prepared.at_once = self._backends[prepared.routes[0]], op
+        backend, op = found
+        plan, route, peer = op.plan, prepared.routes[0], op.peer
+        nbytes = plan.nbytes
+        if nbytes > backend.limits.inline_nbytes:
             return None
-        backend = self._backends[route]
-        if plan.nbytes > backend.limits.inline_nbytes:
+        if self._scheduler.outages and self._scheduler.outages.first_up(prepared.routes, peer) != route:
             return None
-        expensive = plan.nbytes > ALWAYS_INLINE_NBYTES or self._inline_last_ns > QUEUEING_NS
+        expensive = nbytes > ALWAYS_INLINE_NBYTES or self._inline_last_ns > QUEUEING_NS
         if expensive and self._inline_ns >= INLINE_BUDGET_NS:
             return None
-        target = plan.dst.peer
-        peer = target or plan.src.peer
-        if not self._scheduler.idle(route, peer, traffic_class):
+        if not self._scheduler.idle(route, peer, urgency.traffic_class):
             return None
         started = time.perf_counter_ns()
         try:
-            copied = backend.copy_now(Op(0, plan, peer, target is not None))
+            copied = backend.copy_now(op)
         except (BackendError, PeerLost) as error:
             self._inline_failed(prepared, route, error)
             return None
@@ -278,12 +329,12 @@ class Dispatcher:
             self.loop.call_soon(self._reset_inline)
         self._inline_ns += spent + 10_000
         self._inline_last_ns = spent
-        if isinstance(copied, Begun):
+        if copied is not True:
             return _Sent(copied, route)
         self.counts["inline"] += 1
         self.counts["done"] += 1
-        self._count(plan, route, peer, target is not None, traffic_class, spent * 1e-9)
-        return TransferResult(plan.nbytes, spent * 1e-9, 0.0, 1, route)
+        self._count(plan, route, peer, op.put, urgency, spent * 1e-9)
+        return TransferResult(nbytes, spent * 1e-9, 0.0, 1, route)
 
     def _reset_inline(self) -> None:
         self._inline_ns = 0
@@ -546,10 +597,13 @@ class Dispatcher:
     async def peer_quiet(self, name: str) -> None:
         """Wait until no transfer with a peer is left."""
         while any(transfer._record.peer == name for transfer in self.transfers.values()):
-            waiter = self.loop.create_future()
-            self._quiet.append(waiter)
-            await waiter
+            await self._next_end()
         await self._revival.quiet(name)
+
+    async def _next_end(self) -> None:
+        waiter = self.loop.create_future()
+        self._quiet.append(waiter)
+        await waiter
 
     def _tell_quiet(self) -> None:
         waiting, self._quiet = self._quiet, []

@@ -60,7 +60,7 @@ class NoRoute(NixlError):
 
     def __init__(self, message: str, refusals: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.refusals = refusals or {}
+        self.refusals: dict[str, str] = refusals or {}
 
 
 class ClosedError(NixlError):
@@ -102,7 +102,7 @@ class TransferError(NixlError):
         self.backend = backend
         self.peer = peer
         self.retryable = retryable
-        self.history = tuple(history)
+        self.history: tuple[tuple[float, str, str, str], ...] = tuple(history)
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -142,7 +142,7 @@ class IntegrityError(BackendError):
         self, message: str, *, pages: Sequence[int] = (), count: int = 0, algorithm: str | None = None, **fields: Any
     ) -> None:
         super().__init__(message, **fields)
-        self.pages = tuple(pages)
+        self.pages: tuple[int, ...] = tuple(pages)
         self.count = count
         self.algorithm = algorithm
 
@@ -167,7 +167,7 @@ class PartsFailed(TransferError):
 
     def __init__(self, message: str, parts: dict[int, TransferError] | None = None, **fields: Any) -> None:
         super().__init__(message, **fields)
-        self.parts = parts or {}
+        self.parts: dict[int, TransferError] = parts or {}
 
 
 class Quarantined(TransferError):
@@ -181,7 +181,8 @@ class Quarantined(TransferError):
 
     def __init__(self, message: str, *, local: bool = True, moving: Collection[object] | None = None, **fields: Any) -> None:
         super().__init__(message, **fields)
-        self.local, self.moving = local, moving
+        self.local: bool = local
+        self.moving: Collection[object] | None = moving
 
 
 class InternalError(NixlError):

@@ -14,6 +14,7 @@ from nixl_async.transfer import TrafficClass, TransferRecord, TransferResult, Tr
 
 if TYPE_CHECKING:
     from nixl_async.agent import Agent
+    from nixl_async.backend import Backend, Op
     from nixl_async.descriptors import Places, Plan
     from nixl_async.dispatch import Dispatcher
 
@@ -31,7 +32,9 @@ class Transfer:
     """A transfer on its way: await it any number of times, cancel it, watch its progress.
 
     When an await returns or raises, `CancelledError` included, no byte of either side moves any more on its account.
-    Cancelling a task that awaits it cancels the transfer (`asyncio.shield` prevents that).
+    Cancelling a task that awaits it cancels the transfer (`asyncio.shield` prevents that). The await then raises `CancelledError`
+    once everything is quiet, or `Quarantined` if it never is, as with a peer that is stopped: the caller must hear of that. A loop
+    that catches `TransferError` and goes on asks `asyncio.current_task().cancelling()`, or it outlives its cancellation.
     """
 
     __slots__ = (
@@ -53,7 +56,7 @@ class Transfer:
     def __init__(self, dispatcher: Dispatcher, record: TransferRecord, notify: bytes | None) -> None:
         self._dispatcher = dispatcher
         self._record = record
-        self.notify = notify
+        self.notify: bytes | None = notify
         self._done = False
         # Ten thousand of these may live at once: what most of them need not is made when it is needed.
         self._waiters: list[asyncio.Future[None]] | None = None
@@ -293,7 +296,7 @@ class PreparedTransfer:
     Made by `agent.prepare`. Sending it again costs no work per descriptor. It uses the bytes as they are when it is sent.
     """
 
-    __slots__ = ("_agent", "pieces", "places", "plan", "routes")
+    __slots__ = ("_agent", "at_once", "pieces", "places", "plan", "routes")
 
     def __init__(
         self,
@@ -304,10 +307,12 @@ class PreparedTransfer:
         places: tuple[Places, Places] | None = None,
     ) -> None:
         self._agent = agent
-        self.places = places
-        self.plan = plan
-        self.pieces = pieces
-        self.routes = routes
+        self.places: tuple[Places, Places] | None = places
+        self.plan: Plan = plan
+        self.pieces: Sequence[Plan] = pieces
+        self.routes: tuple[str, ...] = routes
+        self.at_once: tuple[Backend, Op] | None = None
+        """Who copies it, and what, if it is copied by the call that asks for it."""
 
     @property
     def nbytes(self) -> int:
@@ -331,6 +336,11 @@ class PreparedTransfer:
         verify: str | bool | None = None,
     ) -> TransferResult:
         """Send it and wait until every byte is in place; see `Agent.transfer`."""
+        ordinary = priority == 0 and deadline is None and traffic_class is TrafficClass.NORMAL
+        if ordinary and after is None and notify is None and verify is None:
+            begun = self._agent._begin(self)
+            if begun is not None:
+                return begun if isinstance(begun, TransferResult) else await begun
         return await self._agent.transfer(
             self,
             notify=notify,

@@ -58,7 +58,7 @@ class Joining:
         self._turns: dict[str, _Turns] = {}
         # What peers that were given up before were asked to confirm.
         self._rejoins: dict[Link, asyncio.Future[str | None]] = {}
-        # Connections of peers that had given us up, by the life of the peer; those where that is still being seen to.
+        # Connections of peers that had given us up, by the life of the peer; those where that is not seen to yet, or cannot be.
         self._returned: dict[tuple[str, str], list[Link]] = {}
         self._rejoining: set[Link] = set()
 
@@ -115,6 +115,7 @@ class Joining:
         if link.their_loss:
             who = link.other.name, link.other.incarnation
             self._returned[who].remove(link)
+            self._rejoining.discard(link)
             if not self._returned[who]:
                 del self._returned[who]
 
@@ -157,6 +158,15 @@ class Joining:
         if link.closed or (link in self._rejoins and not await self._confirmed(link)):
             return
         async with self._alone(announcement.name):
+            if link in self._rejoining:
+                # What it asked for cannot be confirmed, of which it has been told.
+                link.fail(
+                    PeerLost(
+                        f"peer {announcement.name!r} cannot join: what it sent before cannot be fenced off",
+                        peer=announcement.name,
+                    )
+                )
+                return
             await self._join_alone(link, announcement, regions)
 
     @contextlib.asynccontextmanager
@@ -258,6 +268,6 @@ class Joining:
                     await self._routes.fence(name, incarnation, link.host)
         except NixlError as error:
             answer["error"] = str(error) or type(error).__name__
-        finally:
+        else:
             self._rejoining.discard(link)
         link.send(encode_json(FrameType.FENCED, answer))

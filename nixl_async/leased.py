@@ -53,9 +53,9 @@ class LeasedRegion(RemoteRegion):
     After that, and after the owner has revoked the lease, transfers with it fail with `LeaseEnded`.
     """
 
-    number = 0
-    seconds = 0.0
-    since = 0.0
+    number: int = 0
+    seconds: float = 0.0
+    since: float = 0.0
     """When the grant came."""
     account: _Account
     on_unused: Callable[[], None] | None = None

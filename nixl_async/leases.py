@@ -21,6 +21,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,10 @@ class Lease:
         backends: Mapping[str, Backend],
     ) -> None:
         self.region = region
-        self.peer = tenant.peer.name
-        self.seconds, self.drain_seconds, self.writable = seconds, drain_seconds, writable
+        self.peer: str = tenant.peer.name
+        self.seconds: float = seconds
+        self.drain_seconds: float = drain_seconds
+        self.writable: bool = writable
         self.ended = ""
         self.expired = False
         self._number = number
@@ -207,6 +210,12 @@ class Leases:
     def all(self) -> list[Lease]:
         """Return the leases that are active, or have ended and are not quiet."""
         return [lease for tenant in self._tenants.values() for lease in (*tenant.live.values(), *tenant.ended.values())]
+
+    async def idle(self) -> None:
+        """Wait until none is left, or the agent closes."""
+        while left := self.all():
+            with suppress(ClosedError):
+                await left[0].quiet()
 
     async def lease(
         self,

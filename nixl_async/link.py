@@ -479,7 +479,13 @@ class Link(asyncio.Protocol):
                 return
 
     def _too_slow(self) -> None:
-        self.fail(ProtocolError("the handshake took too long"))
+        if self.connecting:
+            # Whoever was dialled does not answer, as one that cannot be dialled does not.
+            name = repr(self._expected) if self._expected is not None else "the agent"
+            why = f"{name} did not finish the handshake in time: it is stopped, overloaded, or no agent"
+            self.fail(PeerLost(why, peer=self._expected, retryable=True))
+        else:
+            self.fail(ProtocolError("the handshake took too long"))
 
 
 def _notification(payload: bytes, trace: bytes) -> bytes:

@@ -16,7 +16,7 @@ from nixl_async.announcer import Announcer
 from nixl_async.backend import Backend
 from nixl_async.connector import Connector
 from nixl_async.counters import Counters
-from nixl_async.errors import ConfigurationError, PeerLost, ProtocolError
+from nixl_async.errors import ClosedError, ConfigurationError, PeerLost, ProtocolError
 from nixl_async.fences import Fences
 from nixl_async.joining import Joining
 from nixl_async.leased import LeasedRegion
@@ -83,6 +83,10 @@ class Membership:
         self._server: Acceptor | None = None
         self._links: set[Link] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._refusing = False
+        # Notifications that wait to be sent; set when there are none left.
+        self._notifying = 0
+        self._notified = asyncio.Event()
 
         def backends() -> list[Backend]:
             return self.backends
@@ -140,6 +144,9 @@ class Membership:
             lambda: len(self._links),
         )
         found = await acceptor.open(host, port)
+        if self._refusing:
+            acceptor.close()
+            raise ClosedError(f"agent {self._name!r} drains: nobody joins it any more")
         self._server = acceptor
         self.address = (advertise or found[0], found[1])
         return self.address
@@ -236,6 +243,15 @@ class Membership:
             self.inbox.deliver(Notification(name, payload, trace))
             return
         peer = self.get(name)
+        self._notifying += 1
+        try:
+            await self._notify(peer, payload, trace)
+        finally:
+            self._notifying -= 1
+            if not self._notifying:
+                self._notified.set()
+
+    async def _notify(self, peer: Peer, payload: bytes, trace: bytes) -> None:
         while (link := peer.link) is not None:
             if not link.superseded:
                 try:
@@ -249,7 +265,7 @@ class Membership:
             await self._superseding.replaced(peer, link)
         for backend in self.backends:
             if backend.name in peer.backends:
-                await backend.send_notification(name, payload)
+                await backend.send_notification(peer.name, payload)
                 self.counters.notified(len(payload))
                 return
 
@@ -274,6 +290,24 @@ class Membership:
         return self._members.get(name)
 
     # Going.
+
+    def refuse(self) -> None:
+        """Take nobody in any more; those who are there, or have proved who they are, stay."""
+        self._refusing = True
+        if self._server is not None:
+            self._server.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether memory is leased to peers, or notifications wait to be sent."""
+        return bool(self._notifying or self.leases.all())
+
+    async def idle(self) -> None:
+        """Wait until all leases have ended and are quiet, and no notification waits to be sent."""
+        await self.leases.idle()
+        while self._notifying:
+            self._notified.clear()
+            await self._notified.wait()
 
     async def disconnect(self, name: str) -> None:
         """Part from a peer: its transfers with us fail, it confirms that it is quiet, and the link closes."""

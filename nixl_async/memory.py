@@ -189,13 +189,16 @@ class MemoryRegion(Held):
     waits for the transfers that hold it, and afterwards peers are refused.
     """
 
-    peer = None
+    peer: str | None = None
 
     def __init__(self, name: str, buffer: Buffer, close: Callable[[MemoryRegion], Awaitable[None]]) -> None:
         super().__init__()
         self.name = name
-        self.address, self.nbytes = buffer.address, buffer.nbytes
-        self.kind, self.device, self.readonly = buffer.kind, buffer.device, buffer.readonly
+        self.address: int = buffer.address
+        self.nbytes: int = buffer.nbytes
+        self.kind: MemoryKind = buffer.kind
+        self.device: int = buffer.device
+        self.readonly: bool = buffer.readonly
         self.keys: dict[str, bytes] = {}
         """What each backend returned from `register`; published to peers."""
         self.record = b""
@@ -311,12 +314,15 @@ class RemoteRegion(Held):
         if nbytes <= 0 or address <= 0 or address + nbytes >= 1 << 63:
             raise DescriptorError(f"remote region {name!r} claims {nbytes} bytes at {address:#x}")
         super().__init__()
-        self.peer = peer
+        self.peer: str = peer
         self.incarnation = incarnation
         self.name = name
-        self.address, self.nbytes = address, nbytes
-        self.kind, self.device, self.readonly = kind, device, readonly
-        self.keys = keys or {}
+        self.address: int = address
+        self.nbytes: int = nbytes
+        self.kind: MemoryKind = kind
+        self.device: int = device
+        self.readonly: bool = readonly
+        self.keys: dict[str, bytes] = keys or {}
         self.withdrawn = ""
         """Why the region can no longer be used; empty while it can."""
         self.peer_gone = False

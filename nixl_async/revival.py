@@ -17,6 +17,8 @@ logger = logging.getLogger("nixl_async.agent")
 FIRST_SECONDS = 0.01
 LONGEST_SECONDS = 2.0
 """A second attempt comes about `FIRST_SECONDS` after the first, each later one after twice the time, up to `LONGEST_SECONDS`."""
+TOLD_SECONDS = 1.0
+"""A route that is down for so long is warned of; of a peer that has ended, its control connection tells sooner."""
 STEADY_SECONDS = 0.2
 RELAPSE_ATTEMPTS = 2
 """A route that fails again so soon after it came back is not tried at once, but as if it had been tried up to twice already."""
@@ -74,6 +76,7 @@ class Revival:
 
     async def _revive(self, outage: Outage) -> None:
         loop = asyncio.get_running_loop()
+        began = loop.time()
         key = outage.backend, outage.peer
         attempts, ended = self._past.pop(key, (0, 0.0))
         if loop.time() - ended > STEADY_SECONDS:
@@ -94,8 +97,7 @@ class Revival:
                     await self._membership.reconnect(backend, outage.peer)
             except NixlError as error:
                 outage.reason = str(error)
-                # The first attempt fails too where the peer has just ended, of which its control connection tells.
-                if not told and attempts > 1 and outage.peer in self._membership.peers:
+                if not told and loop.time() - began >= TOLD_SECONDS and outage.peer in self._membership.peers:
                     told = True
                     logger.warning("route %s to peer %s stays down and is tried again: %s", *key, outage.reason)
             else:

@@ -317,6 +317,13 @@ class Scheduler:
         due = [queue[0][0] for queue in (self._retries, self._drains, self._strandings) if queue]
         return min(due) if due else None
 
+    def copied(self, traffic_class: TrafficClass, nbytes: int, *, late: bool) -> None:
+        """Count a transfer that was copied at once, without waiting here."""
+        count = self._counts[traffic_class]
+        count.done += 1
+        count.nbytes += nbytes
+        count.late += late
+
     # Questions.
 
     def idle(self, backend: str, peer: str | None, traffic_class: TrafficClass = TrafficClass.NORMAL) -> bool:

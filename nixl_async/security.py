@@ -61,7 +61,7 @@ class TLS:
     connects may give `ca` alone, and one that is served may leave it out: then only the served side shows a certificate,
     and tokens are needed. The files are read again when they change; connections that exist stay.
 
-    `server` and `client` are `ssl.SSLContext`s to use instead, for accepting and for connecting.
+    `server` and `client` are contexts (`ssl.SSLContext`) to use instead, for accepting and for connecting.
 
     A peer must have the name that its certificate gives it: one of its DNS names (wildcards mean nothing), a URI
     "nixl-async:NAME", any other URI as a whole, or, where there are neither, its common name. `allows(certificate, name)`

@@ -122,10 +122,12 @@ class StagingBackend(Backend):
     def _find(self, src: Side, dst: Side) -> Backend | None:
         if self._host is None:
             return None
-        for backend in self._host.backends.values():
-            if backend is not self and not_leased(backend.name, src, dst) is None and backend.refusal(src, dst) is None:
-                return backend
-        return None
+        found = [
+            backend
+            for backend in self._host.backends.values()
+            if backend is not self and not_leased(backend.name, src, dst) is None and backend.refusal(src, dst) is None
+        ]
+        return self._host.preferred(found, src, dst)[0] if found else None
 
     async def copy(self, op: Op) -> None:
         """Fill and empty buffers until all is moved; objects that fail do not keep the others from their places.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from nixl_async.backend import Op, StoreAddress
+from nixl_async.backend import SCHEMES, Op, StoreAddress
 from nixl_async.descriptors import Descriptor, MemoryKind, integers
 from nixl_async.errors import BackendError, ClosedError, ConfigurationError, DescriptorError, PartsFailed, TransferError
 from nixl_async.memory import Held
@@ -28,8 +28,8 @@ UNSIZED_NBYTES = 1 << 50
 """What a file or object without a size may hold at most."""
 MAX_REGION_NBYTES = 1 << 62
 """What the objects of one region may hold together: offsets are 64 bits."""
-SCHEME_NUMBERS = {"s3": 0, "az": 1, "gs": 2, "file": 3}
-"""Objects of different stores cannot be one side of a transfer: each kind of store is a device of its own."""
+_scheme_numbers: dict[str, int] = {}
+"""Objects of different kinds of store cannot be one side of a transfer: each scheme is a device of its own."""
 
 
 class FileRegion(Held):
@@ -41,7 +41,7 @@ class FileRegion(Held):
     """
 
     kind = MemoryKind.FILE
-    peer = None
+    peer: str | None = None
     address = 0
     device = 0
 
@@ -51,9 +51,10 @@ class FileRegion(Held):
         super().__init__()
         self.name = path
         self.path = path
-        self.fd, self.direct_fd = fd, direct_fd
-        self.sized = nbytes is not None
-        self.nbytes = UNSIZED_NBYTES if nbytes is None else nbytes
+        self.fd: int = fd
+        self.direct_fd: int = direct_fd
+        self.sized: bool = nbytes is not None
+        self.nbytes: int = UNSIZED_NBYTES if nbytes is None else nbytes
         self.readonly = readonly
         self.keys: dict[str, bytes] = {}
         self.quarantined = False
@@ -119,7 +120,7 @@ class ObjectRegion(Held):
     """
 
     kind = MemoryKind.OBJECT
-    peer = None
+    peer: str | None = None
     address = 0
     keyed = True
 
@@ -137,16 +138,16 @@ class ObjectRegion(Held):
         if not objects:
             raise DescriptorError("the list of keys is empty; give at least one")
         self.store = store
-        self.objects = tuple(objects)
-        self.name = f"{store.scheme}://{store.bucket}/{self.objects[0]}" + (
+        self.objects: tuple[str, ...] = tuple(objects)
+        self.name: str = f"{store.scheme}://{store.bucket}/{self.objects[0]}" + (
             "" if len(self.objects) == 1 else f" and {len(self.objects) - 1} more"
         )
-        self.device = SCHEME_NUMBERS.get(store.scheme, 9)
+        self.device: int = _scheme_numbers.setdefault(store.scheme, len(_scheme_numbers))
         self.readonly = readonly
         self.if_none_match = if_none_match
         self.exact = exact
         """Whether a read must find the object to be exactly as long as `nbytes` says."""
-        self.sized = nbytes is not None
+        self.sized: bool = nbytes is not None
         if nbytes is None:
             if len(self.objects) > 1:
                 raise DescriptorError(
@@ -164,10 +165,10 @@ class ObjectRegion(Held):
                 raise DescriptorError(f"an object of {wrong} bytes; a size is 0 to {UNSIZED_NBYTES}")
             if float(sizes.sum(dtype=np.float64)) > MAX_REGION_NBYTES:
                 raise DescriptorError(f"objects of more than {MAX_REGION_NBYTES} bytes together; name fewer at once")
-        self.sizes = sizes
+        self.sizes: Array = sizes
         ends = np.cumsum(sizes) + np.arange(len(sizes))
-        self.starts = ends - sizes
-        self.nbytes = int(ends[-1])
+        self.starts: Array = ends - sizes
+        self.nbytes: int = int(ends[-1])
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -300,8 +301,8 @@ def raise_failed(failed: Sequence[tuple[int, TransferError]], op: Op) -> None:
     raise PartsFailed(f"{many} failed, the first of them: {first}", backend=first.backend) from first
 
 
-def parse_store(url: str, options: dict[str, Any]) -> StoreAddress:
-    """Read a store's URL: `s3://bucket/prefix`, `az://container/prefix`, `gs://bucket/prefix` or `file:///directory`.
+def parse_store(url: str, options: dict[str, Any], schemes: Collection[str] = SCHEMES) -> StoreAddress:
+    """Read a store's URL, of one of `schemes`: `file:///directory`, or `scheme://bucket/prefix` as in `s3://bucket/prefix`.
 
     Raises:
         ConfigurationError: it is none of these.
@@ -310,9 +311,9 @@ def parse_store(url: str, options: dict[str, Any]) -> StoreAddress:
         parts = urlsplit(url)
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigurationError(f"store URL {url!r} cannot be read: {error}") from error
-    schemes = ", ".join(f"{scheme}://" for scheme in SCHEME_NUMBERS)
-    if parts.scheme not in SCHEME_NUMBERS:
-        raise ConfigurationError(f"store URL {url!r} has scheme {parts.scheme!r}; known are {schemes}")
+    if parts.scheme not in schemes:
+        known = ", ".join(f"{scheme}://" for scheme in schemes)
+        raise ConfigurationError(f"store URL {url!r} has scheme {parts.scheme!r}; known are {known}")
     # Keys may hold what URLs give a meaning to.
     rest = url[len(parts.scheme) + 3 :]
     given = tuple(sorted(options.items()))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nixl_async.backend import SCHEMES, Stat, StorageBackend, StoreAddress
+from nixl_async.backend import Stat, StorageBackend, StoreAddress
 from nixl_async.errors import ClosedError, ConfigurationError, DescriptorError, NotFoundError
 from nixl_async.files import FileOptions, open_file
 from nixl_async.storage import FileRegion, ObjectRegion, parse_store
@@ -92,22 +92,27 @@ class Store:
 
 
 class Stores:
-    """Opens stores for an agent; `backend` finds the storage backend of that name, or loads and opens it."""
+    """Opens stores for an agent.
 
-    def __init__(self, backend: Callable[[str], Awaitable[StorageBackend]]) -> None:
-        self._backend = backend
+    `schemes` tells by which of its backends each URL scheme is served; `backend` finds the storage backend of that name, or loads
+    and opens it.
+    """
+
+    def __init__(self, schemes: Callable[[], Mapping[str, str]], backend: Callable[[str], Awaitable[StorageBackend]]) -> None:
+        self._schemes, self._backend = schemes, backend
 
     async def store(self, url: str, options: dict[str, Any]) -> Store:
         """Open the store at a URL."""
-        address = parse_store(url, options)
-        backend = await self._backend(SCHEMES[address.scheme])
+        schemes = self._schemes()
+        address = parse_store(url, options, schemes)
+        backend = await self._backend(schemes[address.scheme])
         await backend.open_store(address)
         return Store(address, backend)
 
     async def split(self, url: str | os.PathLike[str], options: dict[str, Any]) -> tuple[Store, str]:
         """Open the store that a single object's URL is in; return it and the key."""
         url = _url(url)
-        address = parse_store(url, options)
+        address = parse_store(url, options, self._schemes())
         if address.scheme == "file":
             # In the root: asking about a file must not make its directory.
             return await self.store("file:///", options), _path(url, address)
@@ -143,7 +148,7 @@ class Stores:
     async def list(self, url: str | os.PathLike[str], options: dict[str, Any]) -> AsyncIterator[Stat]:
         """List what a store holds under a URL; a directory that is not there holds nothing, and is not made."""
         url = _url(url)
-        address = parse_store(url, options)
+        address = parse_store(url, options, self._schemes())
         if address.scheme == "file" and not await asyncio.to_thread(os.path.isdir, address.bucket):
             return
         async for found in (await self.store(url, options)).list():
@@ -244,7 +249,9 @@ class StorageCalls:
     async def store(self, url: str, **options: Any) -> Store:
         """Open a store of many objects: `s3://bucket/prefix`, `az://container/prefix`, `gs://bucket/prefix`, `file:///directory`.
 
-        `options` are the backend's: see `S3Backend`, `AzureBackend`, `GCSBackend`; those given here go before its own.
+        A storage backend that was given to the agent serves its own `schemes`, as `scheme://bucket/prefix`, and goes before ours;
+        of several for one scheme it is the one that the agent prefers. `options` are the backend's: see `S3Backend`,
+        `AzureBackend`, `GCSBackend`; those given here go before its own.
 
         Raises:
             ConfigurationError: the URL or an option is wrong, or this agent has no backend for it.

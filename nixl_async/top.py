@@ -27,15 +27,20 @@ def watch(path: str | Path, seconds: float, rounds: int | None, console: Console
     """
     before: dict[str, Any] | None = None
     stop = stop or threading.Event()
-    with Live(console=console, screen=console.is_terminal and rounds is None, auto_refresh=False) as live:
-        while (rounds is None or rounds > 0) and not stop.is_set():
-            told = ask(path, {"do": "dump", "limit": MAX_ROWS})
-            live.update(render(told, before), refresh=True)
-            before = told
-            if rounds is not None:
-                rounds -= 1
-            if rounds != 0:
-                stop.wait(seconds)
+    try:
+        with Live(console=console, screen=console.is_terminal and rounds is None, auto_refresh=False) as live:
+            while (rounds is None or rounds > 0) and not stop.is_set():
+                told = ask(path, {"do": "dump", "limit": MAX_ROWS})
+                live.update(render(told, before), refresh=True)
+                before = told
+                if rounds is not None:
+                    rounds -= 1
+                if rounds != 0:
+                    stop.wait(seconds)
+    finally:
+        if before is not None and not console.is_terminal:
+            # There only the last look is written, without the end of its line.
+            console.line()
 
 
 def render(told: dict[str, Any], before: dict[str, Any] | None) -> RenderableType:

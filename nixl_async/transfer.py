@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class TransferState(enum.Enum):
     """Where a transfer is in its life."""
 
     # Members are equal when identical; enum's own hash is Python code, and each move looks two of them up.
-    __hash__ = object.__hash__
+    __hash__: Callable[[object], int] = object.__hash__  # type: ignore[assignment]
 
     QUEUED = "queued"
     """Accepted; nothing started; waiting for room."""
@@ -45,7 +45,7 @@ class TransferState(enum.Enum):
 class TransferEvent(enum.Enum):
     """What can happen to a transfer."""
 
-    __hash__ = object.__hash__
+    __hash__: Callable[[object], int] = object.__hash__  # type: ignore[assignment]
 
     ADMIT = "admit"
     REFUSE = "refuse"
@@ -84,7 +84,7 @@ _ARROWS = {
 class TrafficClass(enum.Enum):
     """What a transfer's bytes are for; each class has its share of every backend while it has work."""
 
-    __hash__ = object.__hash__
+    __hash__: Callable[[object], int] = object.__hash__  # type: ignore[assignment]
 
     LATENCY = "latency"
     """Somebody waits for it: a token, a request's first pages."""

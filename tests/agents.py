@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -61,6 +62,8 @@ class AgentProcess:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        # Its threads run on for a moment: one that takes up a copy then never ends it.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)

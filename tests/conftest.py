@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from nixl_async.testing.servers import Server, azurite, gcs_emulator, seaweedfs
 from tests.agents import ROOT, TOKEN
 from tests.loops import LOOPS, debug_loop
 from tests.stores import running
-from tests.turns import Turns, join
+from tests.turns import LONG_SECONDS, LONGEST, Turns, file_of, join, longest_first
 
 settings.register_profile("suite", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
@@ -41,9 +42,29 @@ def pytest_configure(config: pytest.Config) -> None:
     uvloop.run(_look_up())
     config.addinivalue_line("markers", "keeps: the first use of a library that keeps descriptors or threads for good")
     config.stash[TURNS] = join(config)
+    # Files go to the processes in the order of `longest_first`, and not in one of pytest-xdist's.
+    config.option.loadscopereorder = False
 
 
 TURNS = pytest.StashKey[Turns | None]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the files of a run of several processes."""
+    if config.stash[TURNS] is not None:
+        longest_first(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the files that took long and are not known to."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[file_of(report)] += report.duration
+    for name, taken in seconds.most_common():
+        if taken > LONG_SECONDS and name not in LONGEST:
+            terminalreporter.write_line(f"{name} took {taken:.0f} s: it belongs to LONGEST in tests/turns.py")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -75,8 +96,9 @@ def _descriptors() -> dict[str, str]:
             found[fd] = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             continue
-    # libuv holds one of these from a loop's first listening socket on, to close connections when descriptors run out.
-    return {fd: target for fd, target in found.items() if target != "/dev/null"}
+    # libuv holds a /dev/null from a loop's first listening socket on, to close connections when descriptors run out; older
+    # awscrt keeps /dev/urandom open.
+    return {fd: target for fd, target in found.items() if target not in ("/dev/null", "/dev/urandom")}
 
 
 @dataclass
@@ -229,6 +251,15 @@ async def agents() -> AsyncIterator[Callable[..., Awaitable[Agent]]]:
 def root() -> Path:
     """Return the checkout."""
     return ROOT
+
+
+@pytest.fixture
+def nixl_python() -> str:
+    """Return the interpreter of the environment that holds NIXL's wheel."""
+    python = os.environ.get("NIXL_ASYNC_NIXL_PYTHON") or str(ROOT / ".nixl-env/bin/python")
+    if not Path(python).exists():
+        pytest.skip("no environment with NIXL's wheel: .ci/test makes it")
+    return python
 
 
 # Servers of objects, one of each for the whole run.

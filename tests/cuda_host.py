@@ -51,6 +51,32 @@ class HostLane:
         lib.nx_copy_segments(*map(int64, arrays), len(lengths), ffi.NULL)
         self.waited = False
 
+    def describe(
+        self,
+        src: Any,
+        dst: Any,
+        lengths: Any,
+        *,
+        moves: tuple[int, int] = (0, 0),
+        far: Any = None,
+        take: Callable[[int], int | None],
+    ) -> Any:
+        if (at := take(16 * len(lengths))) is None:
+            return None
+        self.host.described.append(at)
+        return (src.copy(), dst.copy(), lengths.copy(), moves)
+
+    def send(self, described: Any) -> None:
+        src, dst, lengths, moves = described
+        self.host.n_sent += 1
+        self.copy(src, dst, lengths, moves=moves)
+
+    def allocate(self, nbytes: int) -> int:
+        if self.host.is_full:
+            raise BackendError("cuda: out of memory (2)", backend="cuda")
+        self.host.allocated[self.device] = nbytes
+        return 0x1000 * (1 + self.device)
+
     def copy_run(self, dst: int, src: int, nbytes: int) -> None:
         self.host.copying(self)
         ctypes.memmove(dst, src, nbytes)
@@ -81,7 +107,11 @@ class Host:
         self.state = 0
         self.signals = True
         self.kept: list[int] = []
-        self.n_copies = 0
+        self.n_copies = self.n_sent = 0
+        self.is_full = False
+        self.described: list[int] = []
+        self.allocated: dict[int, int] = {}
+        self.freed: list[int] = []
         self.fail_at: int | None = None
         self.gate: threading.Event | None = None
         self.threads: set[str] = set()
@@ -107,25 +137,29 @@ class Host:
             self.kept.append(argument)
         return 0
 
+    def cuMemFree_v2(self, address: int) -> int:
+        self.freed.append(address)
+        return 0
+
     def drop(self) -> None:
         """Let go of signals that never came: a driver that has failed keeps them."""
         for argument in self.kept:
             lib.nx_signal_drop(ffi.cast("void *", argument))
 
 
-@contextmanager
-def entered(device: int) -> Iterator[None]:
-    """Enter no context."""
-    yield
-
-
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Host:
     """Put the stand-in into the place of the driver and of lanes."""
     host = Host()
+
+    @contextmanager
+    def entered(device: int) -> Iterator[Host]:
+        yield host
+
     module = "nixl_async.cuda_lanes"
     monkeypatch.setattr(f"{module}.Lane", lambda *arguments: HostLane(host, *arguments))
     monkeypatch.setattr(f"{module}.load_driver", lambda: host)
     monkeypatch.setattr(f"{module}.entered", entered)
+    monkeypatch.setattr("nixl_async.cuda_kept.entered", entered)
     monkeypatch.setattr(f"{module}.kernels", lambda device: None)
     monkeypatch.setattr(f"{module}.is_compiled", lambda device: True)
     # So that a test sees how many are made.

@@ -1,4 +1,4 @@
-"""Servers of objects for a whole test run, each on a thread and loop of its own; and stores in them that nobody else uses."""
+"""Servers of objects for a whole test run, each on a thread and loop of its own, and stores in them that nobody else uses; etcd."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 
 from nixl_async import MissingDependency
 from nixl_async.testing.servers import Server
+from tests.compat.etcd_server import INSTALL, EtcdServer, program
 
 _numbers = itertools.count(1)
+
+
+@contextmanager
+def etcd_running(directory: Path) -> Iterator[EtcdServer]:
+    """Run an etcd until the block ends; skip the test that asks for it when it is not here."""
+    if program() is None:
+        pytest.skip(f"etcd is not installed: {INSTALL}")
+    server = EtcdServer(directory)
+    server.start()
+    yield server
+    server.stop()
 
 
 @contextmanager

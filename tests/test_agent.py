@@ -6,7 +6,8 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -18,13 +19,16 @@ from nixl_async import (
     ClosedError,
     ConfigurationError,
     DescriptorError,
+    LayerPlan,
     NoRoute,
     Peer,
     PeerLost,
     RegistrationError,
     TrafficClass,
     TransferState,
+    load_backend,
 )
+from nixl_async.testing import FaultyBackend
 
 NBYTES = 1 << 22
 BACKENDS = [["memory"], ["samehost"]]
@@ -121,7 +125,8 @@ async def test_cancelling_leaves_nothing_moving(pair: Pair) -> None:
 async def test_timeout_surfaces_as_timeout(pair: Pair) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
-            await pair.a.transfer(pair.kv, pair.remote)
+            # One alone may be over before it gives way to the loop.
+            await asyncio.gather(*(pair.a.transfer(pair.kv, pair.remote) for _ in range(2)))
     assert (await pair.a.transfer(pair.kv, pair.remote)).nbytes == NBYTES
 
 
@@ -282,3 +287,106 @@ async def test_wrong_urgency_is_refused() -> None:
         Agent("urgent", shares={"fast": 1})
     with pytest.raises(ConfigurationError, match="is 0; shares are positive numbers"):
         Agent("urgent", shares={"bulk": 0})
+
+
+# Draining.
+
+
+async def test_a_long_transfer_ends_whole_before_an_agent_has_drained() -> None:
+    faulty = FaultyBackend(load_backend("tcp"))
+    async with Agent("a", token="t", backends=[faulty]) as a, Agent("b", token="t", backends=["tcp"]) as b:
+        pair = await Pair(a, b).open()
+        with faulty.hang() as gate:
+            transfer = a.submit(pair.kv, pair.remote)
+            await gate.reached()
+            draining = asyncio.create_task(a.drain())
+            # A cancelled wait leaves the agent as it is, and the transfer under way.
+            given_up = asyncio.create_task(a.drain())
+            await asyncio.sleep(0)
+            given_up.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await given_up
+            with pytest.raises(ClosedError, match="drains"):
+                await a.serve()
+            assert not transfer.done()
+            assert not draining.done()
+            gate.release()
+            await draining
+            assert transfer.done()
+        assert (await transfer).nbytes == NBYTES
+        assert (pair.target == pair.source).all()
+        # What comes later is sent all the same.
+        pair.source[:10] = 7
+        await a.transfer(pair.kv[:10], pair.remote[:10])
+        assert pair.target[:10].tolist() == [7] * 10
+
+
+@pytest.mark.parametrize("what", ["push", "incoming", "lease", "notification", "waiting"])
+async def test_draining_waits_for_what_is_under_way(pair: Pair, what: str) -> None:
+    a = pair.a
+    end: Callable[[], Awaitable[object]]
+    async with AsyncExitStack() as stack:
+        match what:
+            case "push":
+                push = await stack.enter_async_context(a.push("b", LayerPlan("r", [(pair.kv, pair.remote)])))
+                incoming = await stack.enter_async_context(pair.b.incoming("r"))
+
+                async def end() -> None:
+                    push.ready(0)
+                    assert [layer async for layer in incoming.layers()] == [0]
+                    await stack.aclose()
+
+            case "incoming":
+                await stack.enter_async_context(a.incoming("r"))
+                end = stack.aclose
+            case "lease":
+                block = await a.register(np.zeros(10, np.uint8), offered=False)
+                end = (await block.lease("b", seconds=60)).revoke
+            case "notification":
+                sending = asyncio.create_task(_fill(a))
+                inbox = pair.b.notifications()
+                while not a._membership.busy:
+                    await asyncio.sleep(0)
+
+                async def end() -> None:
+                    while (await anext(inbox)).payload != b"last":
+                        pass
+                    await sending
+
+            case _:
+                point: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                transfer = a.submit(pair.kv, pair.remote, after=point)
+
+                async def end() -> None:
+                    point.set_result(None)
+                    await transfer
+
+        draining = asyncio.create_task(a.drain())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not draining.done()
+        await asyncio.gather(end(), draining)
+
+
+async def _fill(agent: Agent) -> None:
+    """Send a peer more than it takes unread."""
+    for _ in range(40):
+        await agent.notify("b", bytes(1 << 20))
+    await agent.notify("b", b"last")
+
+
+async def test_closing_ends_the_wait_of_who_drains() -> None:
+    async with Agent("a", token="t", backends=["memory"]) as a, Agent("b", token="t", backends=["memory"]) as b:
+        pair = await Pair(a, b).open()
+        point: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        transfer = a.submit(pair.kv, pair.remote, after=point)
+        lease = await (await a.register(np.zeros(10, np.uint8), offered=False)).lease("b", seconds=60)
+        draining = asyncio.create_task(a.drain())
+        await asyncio.sleep(0)
+        await a.aclose()
+        with pytest.raises(ClosedError):
+            await draining
+        assert transfer.cancelled()
+        assert lease.is_quiet
+        with pytest.raises(ClosedError):
+            await a.drain()

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.cli import COMMANDS, app
+from bench.cli import app
+from bench.commands import COMMANDS
 from bench.loops import TimedSelector, Watch
 from bench.pattern import allocate, blank, count_wrong, fill, page_order
 from bench.process import Contender, Pair, WorkerError
@@ -123,16 +124,7 @@ def test_command_yields_its_rows(command: str) -> None:
 
 def test_all_is_every_command() -> None:
     names = {command.name for command in app.registered_commands}
-    assert names == {*COMMANDS, "all"} == {*ROWS, "all"}
-
-
-@pytest.fixture
-def nixl_python() -> str:
-    """The interpreter of the environment that holds NIXL's wheel."""
-    python = os.environ.get("NIXL_ASYNC_NIXL_PYTHON") or str(ROOT / ".nixl-env/bin/python")
-    if not Path(python).exists():
-        pytest.skip("no environment with NIXL's wheel: .ci/test makes it")
-    return python
+    assert names == {*COMMANDS, "all", "results"} == {*ROWS, "all", "results"}
 
 
 @pytest.mark.nixl
@@ -421,6 +413,16 @@ def test_quick_rows_judge_nothing() -> None:
     row.at_least(NIXL, 2.0)
     [kept] = judged([row], Settings(quick=True))
     assert kept.checks == [Check(">= 2x NIXL", 0.5, None, "{:.2f}x")]
+
+
+def test_a_row_comes_back_from_its_json() -> None:
+    row = Row("x", {"path": "tcp"}, "us", Figure(OURS, (1.0, 2.0), "p99 3"), [Figure(NIXL, (4.0,))], Figure("memcpy", (5.0,)))
+    row.at_least(NIXL, 2.0)
+    row.at_most(1.0)
+    row.share_of_raw(0.5)
+    assert Row.from_dict(json.loads(to_json(row.as_dict()))) == row
+    row.raw = None
+    assert Row.from_dict(json.loads(to_json(row.as_dict()))) == row
 
 
 def test_json_has_no_infinities() -> None:

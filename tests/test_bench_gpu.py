@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app as all_benches
-from bench.gpu.cli import COMMANDS, NO_DEVICE, app, read_row, why_not
+from bench.gpu.cli import COMMANDS, NO_DEVICE, app, why_not
 from bench.report import Check, Figure, Row, to_json
 from nixl_async.cuda import device_count
 from tests.agents import ROOT
@@ -76,7 +76,7 @@ def a_row() -> Row:
 
 def test_a_row_survives_its_file() -> None:
     row = a_row()
-    again = read_row(json.loads(to_json(row.as_dict())))
+    again = Row.from_dict(json.loads(to_json(row.as_dict())))
     assert (again.ours.median, again.ours.note, again.ours.spread) == (10.0, "cuda_ipc", row.ours.spread)
     assert again.raw is not None
     assert again.ratio(again.raw) == 0.5

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from nixl_async import Agent, Quarantined, TransferState, load_backend
+from nixl_async import Agent, MemoryRegion, Quarantined, TransferError, TransferState, load_backend
 from nixl_async.testing import Canary, FaultyBackend, assert_same, cancel_after, cancel_at_await, pattern
 from tests.agents import TOKEN, agent_process, connect, known, two_agents
 
@@ -149,6 +149,33 @@ async def test_draining_is_waited_for() -> None:
             assert not waiter.done()
             gate.release()
             assert await waiter == "cancelled"
+
+
+@pytest.mark.parametrize("by", ["cancel", "timeout"])
+async def test_quarantine_goes_before_a_cancellation_which_the_task_still_knows_of(by: str) -> None:
+    faulty = FaultyBackend(load_backend("memory"))
+    faulty.limits = type(faulty.limits)(drain_seconds=0.05)
+    seen = []
+
+    async def send(agent: Agent, src: MemoryRegion, dst: MemoryRegion) -> None:
+        try:
+            async with asyncio.timeout(0.05 if by == "timeout" else None):
+                await agent.transfer(src, dst)
+        except TransferError as error:
+            task = asyncio.current_task()
+            assert task is not None
+            seen.append((type(error), task.cancelling()))
+
+    async with Agent("a", backends=[faulty]) as a:
+        src, dst = await a.register(pattern(4096, 1)), await a.register(np.zeros(4096, np.uint8))
+        with faulty.hang(stubborn=True) as gate:
+            sending = asyncio.create_task(send(a, src, dst))
+            await gate.reached()
+            if by == "cancel":
+                sending.cancel()
+            await sending
+    # A timeout takes its own cancellation back.
+    assert seen == [(Quarantined, 1 if by == "cancel" else 0)]
 
 
 async def test_what_never_drains_is_quarantined() -> None:

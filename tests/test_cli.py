@@ -66,11 +66,8 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 
 
 @pytest.mark.nixl
-def test_the_demo_beside_nixl() -> None:
-    python = os.environ.get("NIXL_ASYNC_NIXL_PYTHON") or str(ROOT / ".nixl-env/bin/python")
-    if not Path(python).exists():
-        pytest.skip("no environment with NIXL's wheel: .ci/test makes it")
-    ran = command("demo", *SMALL, "--versus", "nixl", "--nixl-python", python, "--format", "json")
+def test_the_demo_beside_nixl(nixl_python: str) -> None:
+    ran = command("demo", *SMALL, "--versus", "nixl", "--nixl-python", nixl_python, "--format", "json")
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout)
     assert set(KEYS) <= set(result["versus"]["nixl"])
@@ -193,8 +190,34 @@ def test_versions_are_listed() -> None:
     ran = command("version")
     assert f"nixl-async {nixl_async.__version__}" in ran.stdout
     assert f"python {sys.version.split()[0]}" in ran.stdout
+    assert command("--version").stdout == f"nixl-async {nixl_async.__version__}\n"
 
 
 def test_without_a_command_there_is_help() -> None:
     ran = command()
     assert "demo" in ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["version"], ["--help"], ["backends"], ["bench", "kv", "plan", "--model", "deepseek-r1"], ["bench", "--help"]],
+    ids=" ".join,
+)
+def test_a_reader_that_goes_away_ends_a_command_quietly(arguments: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "wb") as output:
+        whole = [sys.executable, "-m", "nixl_async", *arguments]
+        ran = subprocess.run(whole, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False, cwd=ROOT)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_without_an_output_a_command_runs() -> None:
+    ran = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m nixl_async version >&-', sys.executable],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+    )
+    assert (ran.returncode, ran.stderr) == (0, b"")

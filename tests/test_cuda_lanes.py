@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from nixl_async import BackendError, MemoryRegion
+from nixl_async import BackendError, MemoryRegion, PeerLost
 from nixl_async.cuda_lane import Lane
-from nixl_async.cuda_lanes import BRIEF_NBYTES, LOOKS_AGAIN, PATIENCE, Lanes
+from nixl_async.cuda_lanes import BRIEF_NBYTES, LOOKS_AGAIN, PATIENCE, WATCHED_NBYTES, WATCHED_SECONDS, Lanes
 from nixl_async.descriptors import Plan, make_plan
 from nixl_async.memory import open_buffer
 from tests.cuda_host import FAILED, NOT_READY, Host, HostLane, stand_in
@@ -100,6 +100,89 @@ async def test_a_busy_device_is_not_waited_for_again_and_again(
         ended += future.done()
         await future
     assert ended > LOOKS_AGAIN
+
+
+@pytest.mark.parametrize("now", [True, False])
+async def test_what_should_end_soon_is_watched_between_other_callbacks(
+    host: Host, lanes: Lanes, monkeypatch: pytest.MonkeyPatch, now: bool
+) -> None:
+    await lanes.launch(0, run)
+    # No signal will come, nobody asks after failures.
+    monkeypatch.setattr("nixl_async.cuda_lanes._LOOK_SECONDS", 60.0)
+    host.signals, host.state = False, NOT_READY
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while turns < 20:
+            turns += 1
+            await asyncio.sleep(0)
+        host.state = 0
+
+    monkeypatch.setattr("nixl_async.cuda_lanes.UNKNOWN_SPEED", WATCHED_NBYTES / (WATCHED_SECONDS / 2))
+    monkeypatch.setattr("nixl_async.cuda_lanes.BRIEF_SECONDS", 60.0)
+    future = lanes.launch(0, run, now=now, nbytes=WATCHED_NBYTES)
+    assert not future.done()
+    await asyncio.gather(others(), future)
+    assert (turns, host.kept, lanes.launched) == (20, [], 0)
+    # What takes longer than that is not watched, nor is anything on a way that has been seen to be slow.
+    host.signals = True
+    for nbytes in (3 * WATCHED_NBYTES, WATCHED_NBYTES):
+        host.state = NOT_READY
+        lanes._speeds[0, "slow"] = WATCHED_NBYTES / (2 * WATCHED_SECONDS)
+        await lanes.launch(0, run, now=now, nbytes=nbytes, way="slow")
+        assert not lanes._watched
+
+
+async def test_what_does_not_end_soon_is_told_by_its_signal(host: Host, lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    await lanes.launch(0, run)
+    monkeypatch.setattr("nixl_async.cuda_lanes._LOOK_SECONDS", 60.0)
+    monkeypatch.setattr("nixl_async.cuda_lanes.UNKNOWN_SPEED", 1e15)
+    monkeypatch.setattr("nixl_async.cuda_lanes.BRIEF_SECONDS", 0.0)
+    host.state = NOT_READY
+    for _ in range(PATIENCE):
+        # How fast these seemed depends on how busy this machine is.
+        lanes._speeds.clear()
+        await lanes.launch(0, run, now=True, nbytes=WATCHED_NBYTES)
+    lanes._speeds.clear()
+    # The device has other work: the loop sleeps at once.
+    future = lanes.launch(0, run, now=True, nbytes=WATCHED_NBYTES)
+    assert not lanes._watched
+    await future
+
+
+@pytest.mark.parametrize("fails", ["device", "signal"])
+async def test_an_error_of_what_is_watched_is_raised(
+    host: Host, lanes: Lanes, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    await lanes.launch(0, run)
+    monkeypatch.setattr("nixl_async.cuda_lanes.UNKNOWN_SPEED", 1e15)
+    if fails == "device":
+        host.state = FAILED
+    else:
+        host.state = NOT_READY
+        monkeypatch.setattr("nixl_async.cuda_lanes.BRIEF_SECONDS", 0.0)
+        monkeypatch.setattr(host, "cuLaunchHostFunc", lambda *arguments: FAILED)
+    with pytest.raises(BackendError, match="error 700"):
+        await lanes.launch(0, run, now=True, nbytes=WATCHED_NBYTES)
+    assert lanes.launched == 0
+
+
+@pytest.mark.parametrize("idle", [True, False])
+async def test_what_is_described_is_sent(host: Host, lanes: Lanes, idle: bool) -> None:
+    if idle:
+        await lanes.launch(0, run, urgent=True)
+    source, target = np.arange(64, dtype=np.uint8), np.zeros(64, np.uint8)
+    places = [np.array([array.ctypes.data], np.int64) for array in (source, target)]
+    described = (*places, np.array([64]), (0, 0))
+    ended: list[BaseException | None] = []
+    await lanes.send(0, described, urgent=True, nbytes=64, ended=lambda error: ended.append(error))  # type: ignore[arg-type]
+    assert (target == source).all()
+    assert ended == [None]
+    host.fail_at = host.n_copies + 1
+    lost = PeerLost("it has gone")
+    with pytest.raises(PeerLost, match="it has gone"):
+        await lanes.send(0, described, urgent=True, nbytes=64, ended=lambda error: lost)  # type: ignore[arg-type]
 
 
 async def test_an_error_of_a_brief_launch_is_raised(host: Host, lanes: Lanes) -> None:

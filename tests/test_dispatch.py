@@ -199,3 +199,14 @@ async def test_what_told_of_parts_is_not_sent_again(retryable: bool) -> None:
     silent = Telling([], BackendError("at the start", retryable=retryable))
     await _told(silent)
     assert silent.attempts == (4 if retryable else 1)
+
+
+async def test_what_is_copied_at_once_counts_in_its_class() -> None:
+    async with Agent("a", token="t", backends=["memory"]) as agent:
+        region = await agent.register(np.zeros(8192, np.uint8))
+        now = asyncio.get_running_loop().time()
+        await agent.transfer(region[:4096], region[4096:], traffic_class="latency", deadline=now - 1)
+        await agent.transfer(region[:4096], region[4096:], traffic_class="latency", deadline=now + 60)
+        found = agent.statistics()
+        assert (found.done, found.inline) == (2, 2)
+        assert found.classes["latency"] == (0, 2, 1, 8192)

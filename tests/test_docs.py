@@ -14,7 +14,15 @@ from bench.cli import COMMANDS
 from nixl_async import errors
 from tests.agents import ROOT
 
-DOCUMENTS = ["README.md", "bench/README.md", "backends/README.md", "examples/fastapi_disagg/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "bench/README.md",
+    "bench/RESULTS.md",
+    "backends/README.md",
+    "examples/README.md",
+    "examples/fastapi_disagg/README.md",
+    "examples/migrate_from_nixl/README.md",
+]
 README = (ROOT / "README.md").read_text()
 
 
@@ -53,10 +61,10 @@ def test_every_error_is_named() -> None:
 
 
 def test_commands_of_the_bench_exist() -> None:
-    known = {"all", "gpu", *COMMANDS}
+    known = {"all", "gpu", "results", *COMMANDS}
     for document in DOCUMENTS:
-        for command in re.findall(r"python -m bench (\S+)", (ROOT / document).read_text()):
-            assert command.strip("`") in known, f"{document}: {command}"
+        for command in re.findall(r"python -m bench ([\w-]+)", (ROOT / document).read_text()):
+            assert command in known, f"{document}: {command}"
 
 
 def test_the_plugin_of_the_backend_guide_passes_the_suite(tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ class Restricted(SameHostBackend):
         super().__init__(way="direct")
         self.refused = False
 
+    def _again(self, *arguments: Any) -> int:
+        return -errno.EPERM if self.refused else super()._again(*arguments)
+
     def _direct(self, *arguments: Any) -> int:
         return -errno.EPERM if self.refused else super()._direct(*arguments)
 

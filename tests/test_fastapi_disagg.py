@@ -40,13 +40,15 @@ class Server:
     def __init__(self, role: str, logs: Path, *options: str) -> None:
         self.role, self.options, self.port = role, options, 0
         self.log = logs / f"{role}.log"
+        # What UCX says of a peer that was killed is no complaint of the server's.
+        self.environment = ENVIRONMENT | {"UCX_LOG_FILE": str(logs / f"{role}.ucx")}
         self.process = self._started()
         self.url = ""
 
     def _started(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", f"{MODULE}.{self.role}", "--port", f"{self.port}", *self.options]
         with self.log.open("a") as log:
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=ENVIRONMENT)
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=self.environment)
 
     def wait(self) -> None:
         """Wait until it serves."""
@@ -181,7 +183,10 @@ async def test_a_client_that_leaves_while_tokens_come_frees_its_pages(cluster: C
         body = {"prompt": PROMPTS[0], "max_tokens": 4000}
         async with client.stream("POST", "/generate", json=body) as answer:
             lines = answer.aiter_lines()
+            assert answer.headers["Transfer-Encoding"] == "chunked"
             assert [json.loads(await anext(lines)).get("token") for _ in range(3)] == cluster.expected[0][:3]
+            # These are here while the server computes those that follow.
+            assert (await cluster.decode.health())["requests"]["running"] == 1
             await lines.aclose()
     await cluster.idle()
     assert (await cluster.decode.health())["requests"] == {**before, "aborted": before["aborted"] + 1}
@@ -257,7 +262,10 @@ def test_the_readme_names_every_file() -> None:
     assert set(re.findall(r"`(\w+\.py)`", text)) == files
     assert {f"{name}.py" for name in re.findall(rf"{MODULE}\.(\w+)", text)} == files - {
         "api.py",
+        "application.py",
         "cache.py",
+        "forward.py",
+        "generation.py",
         "model.py",
         "worker.py",
     }
@@ -265,7 +273,8 @@ def test_the_readme_names_every_file() -> None:
 
 PAGED_OR_NOT = f"""
 import torch
-from {MODULE}.model import Forward, Transformer
+from {MODULE}.forward import Forward
+from {MODULE}.model import Transformer
 from {MODULE}.single import generate
 torch.set_num_threads(1)
 model, prompt = Transformer(dtype=torch.float64), list(b"forty letters, which are two pages and ")

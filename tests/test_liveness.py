@@ -357,8 +357,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.alone
-async def test_a_hundred_idle_peers_cost_less_than_a_hundredth_of_a_core() -> None:
+async def test_a_hundred_idle_peers_wake_the_loop_seldom() -> None:
     pipe = asyncio.subprocess.PIPE
     async with Agent("hub", token="t", backends=["memory"]) as hub:
         host, port = await hub.serve()
@@ -370,20 +369,21 @@ async def test_a_hundred_idle_peers_cost_less_than_a_hundredth_of_a_core() -> No
             assert crowd.stdout is not None
             assert await crowd.stdout.readline() == b"there\n"
             assert len(hub.peers) == 100
-            before, began = _spent(), time.monotonic()
+            before, began = _waits(), time.monotonic()
             await asyncio.sleep(3)
-            share = (_spent() - before) / (time.monotonic() - began)
+            rate = (_waits() - before) / (time.monotonic() - began)
             assert not any(peer.suspect for peer in hub.peers.values())
-            assert share < 0.01, f"{share:.2%} of a core"
+            # Each asks, and is asked, once in some seconds: they are seen to in groups.
+            assert rate < 60
         finally:
             crowd.kill()
             await crowd.wait()
             crowd.stdin.close()
 
 
-def _spent() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+def _waits() -> int:
+    """How often this process has gone to sleep."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
 
 async def test_connections_are_looked_at_in_small_groups() -> None:

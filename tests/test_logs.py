@@ -45,8 +45,8 @@ async def test_each_transfer_that_ends_is_a_line() -> None:
     level, handler = root.level, logs.write_json(stream)
     try:
         async with two_agents(backends=["tcp"]) as (a, b, peer):
-            mine = await a.register(np.ones(1 << 20, np.uint8), name="mine")
-            await b.register(np.zeros(1 << 20, np.uint8), name="theirs")
+            mine = await a.register(np.ones(4 << 20, np.uint8), name="mine")
+            await b.register(np.zeros(4 << 20, np.uint8), name="theirs")
             await known(a, peer, "theirs")
             with logs.log_transfers(a):
                 await a.transfer(mine, peer.region("theirs"), traffic_class="bulk")
@@ -60,7 +60,7 @@ async def test_each_transfer_that_ends_is_a_line() -> None:
         root.setLevel(level)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     done, failed = (line for line in lines if line["logger"] == "nixl_async.transfers")
-    assert (done["level"], done["state"], done["bytes"], done["peer"]) == ("INFO", "done", 1 << 20, "b")
+    assert (done["level"], done["state"], done["bytes"], done["peer"]) == ("INFO", "done", 4 << 20, "b")
     assert (done["agent"], done["backend"], done["class"]) == ("a", "tcp", "bulk")
     assert done["seconds"] > 0
     assert (failed["level"], failed["state"]) == ("WARNING", "failed")

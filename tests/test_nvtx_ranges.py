@@ -28,8 +28,8 @@ async def test_each_range_that_is_opened_is_ended(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nvtx, "end_range", lambda opened: (calls.append(("end", opened)), end(opened))[1])
     monkeypatch.setattr(nvtx, "mark", lambda *a, **o: (calls.append(("mark", o["payload"])), mark(*a, **o))[1])
     async with two_agents(backends=["tcp"]) as (a, b, peer):
-        mine = await a.register(np.ones(1 << 20, np.uint8), name="mine")
-        await b.register(np.zeros(1 << 20, np.uint8), name="theirs")
+        mine = await a.register(np.ones(4 << 20, np.uint8), name="mine")
+        await b.register(np.zeros(4 << 20, np.uint8), name="theirs")
         await known(a, peer, "theirs")
         with nvtx_ranges.mark(a):
             await a.transfer(mine, peer.region("theirs"))
@@ -38,7 +38,7 @@ async def test_each_range_that_is_opened_is_ended(monkeypatch: pytest.MonkeyPatc
             held = a.submit(peer.region("theirs"), mine, after=never)
         assert [what for what, _ in calls] == ["start", "end", "mark", "start", "end"]
         opened = calls[0][1]
-        assert opened[1:] == ("put b", "nixl_async a", 1 << 20)
+        assert opened[1:] == ("put b", "nixl_async a", 4 << 20)
         assert calls[1][1] is opened[0]
         assert calls[2][1] == 64
         assert calls[3][1][1] == "get b"

@@ -106,7 +106,7 @@ async def test_an_observer_that_fails_stops_nobody(caplog: pytest.LogCaptureFixt
             return fail
 
     async with two_agents(backends=["tcp"]) as (a, b, peer):
-        source, target = np.arange(1 << 20, dtype=np.uint8), np.zeros(1 << 20, np.uint8)
+        source, target = np.arange(4 << 20, dtype=np.uint8), np.zeros(4 << 20, np.uint8)
         mine = await a.register(source, name="mine")
         await b.register(target, name="theirs")
         await known(a, peer, "theirs")
@@ -123,8 +123,8 @@ async def test_an_observer_that_fails_stops_nobody(caplog: pytest.LogCaptureFixt
 
 async def test_a_transfer_that_is_cancelled_while_it_waits_is_told_of() -> None:
     async with two_agents(backends=["tcp"]) as (a, b, peer):
-        await b.register(np.zeros(1 << 20, np.uint8), name="theirs")
-        mine = await a.register(np.zeros(1 << 20, np.uint8), name="mine")
+        await b.register(np.zeros(4 << 20, np.uint8), name="theirs")
+        mine = await a.register(np.zeros(4 << 20, np.uint8), name="mine")
         events = a.membership()
         while "theirs" not in peer.regions:
             await anext(events)

@@ -265,10 +265,12 @@ class Fencing(TCPBackend):
     def __init__(self) -> None:
         super().__init__()
         self.stuck: asyncio.Event | None = None
+        self.asked = asyncio.Event()
         self.error = ""
 
     async def fence(self, peer: PeerInfo, mark: bytes) -> None:
         if self.stuck is not None:
+            self.asked.set()
             await self.stuck.wait()
         if self.error:
             raise BackendError(self.error, backend=self.name)
@@ -283,14 +285,18 @@ async def test_a_peer_that_does_not_confirm_is_not_taken_back() -> None:
         Agent("b", token=TOKEN, backends=[tcp]) as b,
     ):
         _, port = await b.serve(HOST, 0)
-        async with network(port) as control:
+        async with network(port) as control, network(port) as second:
             await a.connect((HOST, control.port))
             await b.wait_peer("a")
             await lose(a, control)
             tcp.stuck = asyncio.Event()
             with pytest.raises(PeerLost, match="'b' did not confirm within 0.6 s") as raised:
                 async with asyncio.timeout(SECONDS):
-                    await a.connect((HOST, port))
+                    calling = asyncio.ensure_future(a.connect((HOST, second.port)))
+                    await tcp.asked.wait()
+                    # Its end is not heard of: what could not be confirmed on it is not taken for confirmed by the next.
+                    second.hold()
+                    await calling
             assert raised.value.retryable
             assert "b" not in a.peers
             assert a._membership._questions._answers == a._membership._joining._rejoins == {}

@@ -11,6 +11,7 @@ from nixl_async import BackendError, PeerLost, revival
 from nixl_async.backends.memory import MemoryBackend
 from nixl_async.membership import Membership
 from nixl_async.outages import Outage
+from nixl_async.peers import Peer
 from nixl_async.revival import Revival
 from nixl_async.security import Credentials
 from nixl_async.staging import StagingBackend
@@ -118,3 +119,21 @@ async def test_nothing_is_tried_for_a_peer_that_is_gone_or_when_it_is_closed() -
         await routes.aclose()
         await routes.aclose()
     assert back == []
+
+
+@pytest.mark.parametrize(("told_after", "works", "n_told"), [(0.03, 6, 1), (0.03, 2, 0), (SECONDS, 6, 0)])
+async def test_a_route_that_stays_down_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, told_after: float, works: int, n_told: int
+) -> None:
+    monkeypatch.setattr(revival, "TOLD_SECONDS", told_after)
+    tried = Tried(works)
+    tried.peers["p"] = Peer("p", "1", {})
+    routes = Revival({"memory": MemoryBackend()}, tried, lambda *_: None)
+    with caplog.at_level("WARNING"):
+        routes.begin(outage())
+        async with asyncio.timeout(SECONDS):
+            await routes.quiet("p")
+    messages = [record.message for record in caplog.records]
+    assert sum("stays down and is tried again: attempt " in message for message in messages) == n_told
+    # Who was warned hears of its end too.
+    assert len(messages) == 2 * n_told

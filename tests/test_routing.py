@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nixl_async import ConfigurationError, NoRoute
-from nixl_async.descriptors import make_plan
+from nixl_async import Agent, ConfigurationError, NoRoute
+from nixl_async.backend import BUILT_IN
+from nixl_async.backends.memory import MemoryBackend
+from nixl_async.descriptors import Side, make_plan
 from nixl_async.outages import Outage
-from tests.agents import known, two_agents
+from nixl_async.routing import RANKS_VARIABLE
+from tests.agents import TOKEN, known, two_agents
 
 
 async def test_the_preferred_backend_is_the_route_and_the_others_follow() -> None:
@@ -42,6 +45,65 @@ async def test_a_route_that_is_down_comes_last_and_says_why() -> None:
         only = a._router.explain(plan, "samehost", outages={"samehost": outage}, now=now)
         assert only.route == "samehost"
         assert "samehost: down: it may not be traced; failed 2.5 s ago, it is being tried again" in str(only)
+
+
+class Choosy(MemoryBackend):
+    """Comes last towards itself, and where it is told first towards peers."""
+
+    name = "choosy"
+    rank = 90
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towards_peers = 90
+
+    def rank_for(self, src: Side, dst: Side) -> int:
+        return self.rank if (src.peer or dst.peer) is None else self.towards_peers
+
+
+async def test_a_rank_may_depend_on_the_peer_where_the_caller_gave_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nixl_async.agent.DEFAULT_BACKENDS", ("tcp", "memory", "choosy"))
+    monkeypatch.setitem(BUILT_IN, "choosy", f"{__name__}:Choosy")
+    async with two_agents() as (a, b, peer):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        there, choosy = peer.region("kv"), a._backends["choosy"]
+        assert isinstance(choosy, Choosy)
+        assert a.explain(here, there).routes == ("memory", "tcp", "choosy")
+        assert (await a.transfer(here, there)).route == "memory"
+        choosy.towards_peers = -1
+        choosy._host.rank_changed()  # type: ignore[union-attr]
+        assert a.explain(here, there).routes == ("choosy", "memory", "tcp")
+        assert (await a.transfer(here, there)).route == "choosy"
+        assert a.explain(here[:10], here[10:20]).routes == ("memory", "choosy")
+
+
+async def test_a_caller_s_list_is_the_order_whatever_the_ranks_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RANKS_VARIABLE, "samehost=1,tcp=2")
+    async with two_agents(backends=["tcp", "samehost"]) as (a, b, peer):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        assert a.explain(here, peer.region("kv")).routes == ("tcp", "samehost")
+
+
+async def test_the_environment_s_ranks_go_before_those_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nixl_async.agent.DEFAULT_BACKENDS", ("memory", "samehost", "tcp"))
+    monkeypatch.setenv(RANKS_VARIABLE, " tcp=-5, samehost = 99 ,nobody=1")
+    async with two_agents() as (a, b, peer):
+        here = await a.register(np.zeros(4096, np.uint8))
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        assert a.explain(here, peer.region("kv")).routes == ("tcp", "memory", "samehost")
+        assert (await a.transfer(here, peer.region("kv"))).route == "tcp"
+
+
+@pytest.mark.parametrize("text", ["tcp", "tcp=", "tcp=first", "tcp=1;ucx=2"])
+def test_ranks_that_cannot_be_read_are_refused_by_name(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RANKS_VARIABLE, text)
+    with pytest.raises(ConfigurationError, match="NIXL_ASYNC_RANKS has .* such as ucx=20,tcp=45"):
+        Agent("a", token=TOKEN)
 
 
 async def test_refusals_say_why() -> None:

@@ -29,6 +29,7 @@ from nixl_async import (
 )
 from nixl_async.backends.directory import DirectoryBackend
 from nixl_async.backends.memory import MemoryBackend
+from nixl_async.backends.tcp import TCPBackend
 from nixl_async.cuda import DeviceBytes
 from nixl_async.descriptors import MemoryKind, Side, make_plan
 from nixl_async.memory import RemoteRegion
@@ -684,6 +685,20 @@ async def test_between_a_device_s_pages_and_a_peer_s_host_memory(route: str) -> 
         await near.transfer(remote.pages(theirs, PAGE), target.pages(mine, PAGE))
         assert staging.peak_nbytes > 0
     assert_same(got, sent)
+
+
+async def test_the_half_that_crosses_goes_by_the_rank_towards_that_peer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("nixl_async.agent.DEFAULT_BACKENDS", ("memory", "samehost", "tcp", "posix"))
+    async with agent_process("far", backends=["samehost", "tcp"]) as far, Agent("near", token=TOKEN) as near:
+        remote = (await near.connect(far.address)).region("memory")
+        async with near.file(tmp_path / "kv", "w", nbytes=1 << 20) as file:
+            assert near.explain(remote, file).how == "samehost, then posix"
+            monkeypatch.setattr(TCPBackend, "rank_for", lambda self, src, dst: 1)
+            assert near.explain(remote, file).how == "tcp, then posix"
+            assert (await near.transfer(remote, file)).route == "staging"
+        assert_same(np.fromfile(tmp_path / "kv", np.uint8), pattern(1 << 20, 1))
 
 
 async def test_a_device_backend_brings_the_buffers_along() -> None:

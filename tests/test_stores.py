@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from nixl_async import (
     ConflictError,
     DescriptorError,
     FileRegion,
+    MemoryKind,
     MissingDependency,
     NoRoute,
     NotFoundError,
@@ -26,7 +29,10 @@ from nixl_async import (
     TransferError,
     load_backend,
 )
+from nixl_async.backend import Op, Stat, StorageBackend, StoreAddress
 from nixl_async.backends.directory import DirectoryBackend
+from nixl_async.descriptors import Side
+from nixl_async.storage import ObjectRegion, object_parts
 from nixl_async.stores import Opening
 from nixl_async.testing import FaultyBackend, assert_same, pattern
 from nixl_async.testing.servers import Server
@@ -334,3 +340,97 @@ async def test_two_kinds_of_storage_without_a_way(tmp_path: Path) -> None:
             await one.transfer(file, file, backend="posix")
         with pytest.raises(ConfigurationError, match="'s3'"):
             await one.transfer(file, file, backend="s3")
+
+
+# Stores of somebody else's.
+
+
+class Shelf(StorageBackend):
+    """A store as a plug-in brings it: objects in this process, under a URL scheme of its own."""
+
+    name = "shelf"
+    kinds = frozenset()
+    schemes = ("shelf", "crate")
+    reports = True
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str, str], bytes] = {}
+        self.opened: list[StoreAddress] = []
+
+    def refusal(self, src: Side, dst: Side) -> str | None:
+        if {src.kind, dst.kind} != {MemoryKind.DRAM, MemoryKind.OBJECT} or src.peer or dst.peer:
+            return "it copies between DRAM of this process and objects"
+        region = (src if src.kind is MemoryKind.OBJECT else dst).regions[0]
+        assert isinstance(region, ObjectRegion)
+        return None if region.store.scheme in self.schemes else f"it serves no {region.store.scheme}://"
+
+    async def open_store(self, address: StoreAddress) -> None:
+        if address.options:
+            raise ConfigurationError(f"{address} takes no options")
+        self.opened.append(address)
+
+    async def copy(self, op: Op) -> None:
+        plan, put = op.plan, op.plan.dst.kind is MemoryKind.OBJECT
+        for region, number, start, stop, offset in object_parts(plan.dst if put else plan.src, plan.lengths):
+            key = region.store.scheme, region.store.bucket, region.objects[number]
+            memory = (plan.src if put else plan.dst).addresses
+            pieces = [(int(memory[at]), int(plan.lengths[at])) for at in range(start, stop)]
+            if put:
+                self.objects[key] = b"".join(ctypes.string_at(*piece) for piece in pieces)
+            else:
+                for address, nbytes in pieces:
+                    ctypes.memmove(address, self.objects[key][offset:], nbytes)
+                    offset += nbytes
+        op.report(0, op.nbytes, None)
+
+    async def stat(self, address: StoreAddress, keys: Sequence[str]) -> list[Stat | None]:
+        found = [(key, self.objects.get((address.scheme, address.bucket, key))) for key in keys]
+        return [None if held is None else Stat(key, len(held)) for key, held in found]
+
+    async def list(self, address: StoreAddress, prefix: str) -> AsyncIterator[Stat]:
+        for (scheme, bucket, key), held in sorted(self.objects.items()):
+            if (scheme, bucket) == (address.scheme, address.bucket) and key.startswith(prefix):
+                yield Stat(key, len(held))
+
+    async def delete(self, address: StoreAddress, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.objects.pop((address.scheme, address.bucket, key), None)
+
+
+async def test_a_backend_of_somebody_elses_serves_its_own_url_scheme() -> None:
+    sent, got = pattern(4 * 1000), np.zeros(4 * 1000, np.uint8)
+    keys = ["a", "b", "c", "d"]
+    shelf = Shelf()
+    async with Agent("storage", backends=[shelf, "directory"]) as one:
+        source, target = await one.register(sent), await one.register(got)
+        store = await one.store("shelf://top/kv/")
+        assert "shelf" in repr(store)
+        assert [str(address) for address in shelf.opened] == ["shelf://top/kv/"]
+        places = store.objects(keys, 1000)
+        result = await one.transfer(source.pages([3, 2, 1, 0], 1000), places)
+        assert (result.route, shelf.objects["shelf", "top", "kv/a"]) == ("shelf", sent[3000:].tobytes())
+        await one.transfer(places[:], target.pages([3, 2, 1, 0], 1000))
+        assert_same(got, sent)
+        assert await store.exists(["a", "e"]) == [True, False]
+        await one.transfer(source[:10], await one.object("shelf://top/kv/e", 10))
+        assert (await one.stat("shelf://top/kv/e")).nbytes == 10
+        await one.delete(["shelf://top/kv/e"])
+        assert [stat.key async for stat in one.list("shelf://top/kv/")] == keys
+        # Each scheme is a kind of store of its own, as ours are.
+        other = await one.object("crate://top/x", 1000)
+        with pytest.raises(DescriptorError, match="mixes"):
+            await one.transfer(source[:2000], [other[:], places.select([0])])
+        with pytest.raises(ConfigurationError, match="known are .*s3://.*shelf://, crate://"):
+            await one.store("shelves://top/")
+        with pytest.raises(ConfigurationError, match="takes no options"):
+            await one.store("shelf://top/", region="here")
+
+
+async def test_a_backend_that_is_given_goes_before_ours_and_in_the_order_given(tmp_path: Path) -> None:
+    class Own(DirectoryBackend):
+        name = "own"
+
+    async with Agent("storage", backends=["memory", Own(), "directory"]) as one:
+        assert "by own" in repr(await one.store(f"file://{tmp_path}/"))
+    async with Agent("storage", backends=["memory", "directory", Own()]) as one:
+        assert "by directory" in repr(await one.store(f"file://{tmp_path}/"))

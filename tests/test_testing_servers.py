@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 
-from nixl_async import MissingDependency
+from nixl_async import ConfigurationError, MissingDependency
 from nixl_async.testing import servers
 from nixl_async.testing.servers import Server, azurite, free_ports, gcs_emulator, juicefs, nginx_dav, seaweedfs
 
@@ -96,6 +96,15 @@ def session() -> Any:
     for kind in ("service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"):
         loader.load_service_model("s3", kind)
     return session
+
+
+@pytest.mark.parametrize("bucket", ["kv", "", "KV-cache", "kv_cache", "-kv-", "k" * 64])
+@pytest.mark.parametrize("serve", [seaweedfs, juicefs, gcs_emulator], ids=lambda serve: serve.__name__)
+async def test_a_bucket_that_cannot_be_is_refused_at_once(serve: Any, bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="3 to 63"):
+        async with serve(tmp_path, bucket=bucket):
+            pass
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["seaweedfs", "juicefs"])

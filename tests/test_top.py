@@ -96,6 +96,7 @@ async def test_the_commands_ask_a_running_process(tmp_path: Path) -> None:
         code, out, _ = await command("top", path, "--rounds", "2", "--seconds", "0.1")
         assert code == 0
         assert "connected" in out
+        assert out.endswith("\n")
         code, out, _ = await command("dump", path, "--limit", "3")
         assert code == 0
         assert json.loads(out)["agents"][0]["agent"] == "a"

@@ -21,7 +21,7 @@ from nixl_async import Agent, ConfigurationError, LayerPlan, Notification, PeerL
 from nixl_async.wire import FrameType, encode_frame
 from tests.agents import ROOT, TOKEN, agent_process, known, two_agents
 
-NBYTES = 1 << 20
+NBYTES = 4 << 20
 OTHER = """
 import asyncio, json, sys
 import numpy as np
@@ -34,8 +34,8 @@ async def main():
     kept, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(kept))
     async with Agent("decode", token=sys.argv[1], backends=["tcp", "memory"]) as agent:
-        memory = await agent.register(np.zeros(1 << 20, np.uint8), name="kv")
-        copy = await agent.register(np.zeros(1 << 20, np.uint8), name="copy")
+        memory = await agent.register(np.zeros(4 << 20, np.uint8), name="kv")
+        copy = await agent.register(np.zeros(4 << 20, np.uint8), name="copy")
         arrivals = agent.notifications()
         with tracing.instrument(agent, provider):
             print(json.dumps(await agent.serve()), flush=True)

@@ -1,9 +1,10 @@
-"""Tests side by side in several processes (pytest-xdist), and those that must have the machine to themselves."""
+"""Tests side by side in several processes (pytest-xdist): their order, and those that must have the machine to themselves."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pytest
+
+LONGEST = (
+    "tests/test_bench.py",
+    "tests/benchmarks/test_transfer.py",
+    "tests/test_churn.py",
+    "tests/docs/test_pages.py",
+    "tests/backends/test_storage_conformance.py",
+    "tests/backends/test_conformance.py",
+    "tests/test_cli.py",
+    "tests/benchmarks/test_transfer_ranks.py",
+    "tests/discovery/test_etcd_store.py",
+    "tests/test_liveness.py",
+    "tests/test_fastapi_disagg.py",
+    "tests/compat/test_behaviours.py",
+    "tests/test_leases.py",
+    "tests/test_security.py",
+    "tests/test_examples.py",
+)
+"""The files that take longest, the longest first."""
+LONG_SECONDS = 45.0
+"""A file that takes longer than this should be among them."""
 
 
 class Turns:
@@ -69,3 +91,15 @@ def join(config: pytest.Config) -> Turns | None:
     os.setsid()
     # Each process has a directory of its own in that of the run.
     return Turns(Path(config.option.basetemp).parent)
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Order files so that no process is left with a long one at the end: `LONGEST`, then those of most tests."""
+    counts = Counter(map(file_of, items))
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(file_of(item), len(places)), -counts[file_of(item)], file_of(item)))
+
+
+def file_of(item: pytest.Item | pytest.TestReport) -> str:
+    """Return the file of a test, from the checkout's root."""
+    return item.nodeid.partition("::")[0]

@@ -17,8 +17,7 @@ from rich.markup import escape
 from bench import process, system
 from bench.gpu import suites
 from bench.process import WorkerError
-from bench.report import Check as Promise
-from bench.report import Figure, Row, show, to_json
+from bench.report import Row, show, to_json
 from bench.session import Settings, WrongBytes, judged
 
 app = typer.Typer(help="Measure what a GPU takes part in; needs a CUDA device and cupy.", no_args_is_help=True)
@@ -172,7 +171,7 @@ def collect(
         found["system"] |= part["system"]
         found["rows"] += part["rows"]
         found["failures"] += part["failures"] + ([] if part["complete"] else [f"{name}: it did not come to its end"])
-        tables.append((title, [read_row(row) for row in part["rows"]]))
+        tables.append((title, [Row.from_dict(row) for row in part["rows"]]))
     target.write_text(to_json(found))
     console.print("\n".join(f"{key}: {value}" for key, value in found["system"].items()), soft_wrap=True)
     console.print(_said(found["tests"]), soft_wrap=True)
@@ -206,15 +205,3 @@ def _said(tests: dict[str, Any]) -> str:
     return (
         f"tests: {tests['tests']}, {len(tests['failed'])} failed, {tests['skipped']} skipped{': ' + why if why else ''}{bad}"
     )
-
-
-def read_row(row: dict[str, Any]) -> Row:
-    """Make a row again of what `Row.as_dict` wrote; its figures have the quartiles instead of all samples."""
-
-    def figure(value: dict[str, Any]) -> Figure:
-        return Figure(value["label"], tuple(value[key] for key in ("min", "q1", "median", "q3", "max")), value.get("note", ""))
-
-    made = Row(row["command"], row["case"], row["unit"], figure(row["ours"]), [figure(one) for one in row["others"]])
-    made.raw = None if row["raw"] is None else figure(row["raw"])
-    made.checks = [Promise(one["target"], one["value"], one["met"]) for one in row["checks"]]
-    return made

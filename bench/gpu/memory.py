@@ -12,6 +12,9 @@ import numpy as np
 
 from bench.pattern import WORD
 
+PAUSE_SECONDS = 0.02
+"""What is timed once begins so long after something else: neither on a device that has just worked, nor on one that sleeps."""
+
 SOURCE = r"""
 typedef unsigned long long word;
 #define STEP 0x9E3779B97F4A7C15ull

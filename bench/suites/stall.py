@@ -21,7 +21,8 @@ def stall(settings: Settings, path: Path) -> Iterator[Row]:
 
     NIXL is polled with `sleep(0)` by its initiator and every millisecond for notifications by its target.
     """
-    nbytes = settings.nbytes if settings.quick else 4 * settings.nbytes
+    # What is so little that the call itself copies it has no iteration of the loop.
+    nbytes = max(settings.nbytes, 16 << 20) if settings.quick else 4 * settings.nbytes
     watched = ours(path)
     watched = replace(watched, environment=watched.environment | {WATCHED: "1"})
     with pairs([watched, *nixl(settings, path)[:1]], nbytes, settings) as started:

@@ -32,6 +32,9 @@ class Guarded(SameHostBackend):
 
     refused = False
 
+    def _again(self, *arguments: Any) -> int:
+        return -errno.EPERM if self.refused else super()._again(*arguments)
+
     def _direct(self, *arguments: Any) -> int:
         return -errno.EPERM if self.refused else super()._direct(*arguments)
 

@@ -21,8 +21,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from examples.fastapi_disagg.application import TOKEN_VARIABLE
 from examples.fastapi_disagg.model import PAGE_TOKENS, Shape
-from examples.fastapi_disagg.worker import TOKEN_VARIABLE
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import logging
 from fastapi import APIRouter, Request
 
 from examples.fastapi_disagg.api import PrefillRequest
-from examples.fastapi_disagg.model import Forward
-from examples.fastapi_disagg.worker import SHUTDOWN_SECONDS, Options, Worker, new_app, parser, read_options, serve
+from examples.fastapi_disagg.application import SHUTDOWN_SECONDS, new_app, parser, read_options, serve
+from examples.fastapi_disagg.forward import Forward
+from examples.fastapi_disagg.worker import Options, Worker
 from nixl_async import Aborted, LayerPlan, Peer, PeerLost
 
 routes = APIRouter()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from examples.fastapi_disagg.model import PAGE_TOKENS, Forward, Transformer
+from examples.fastapi_disagg.forward import Forward
+from examples.fastapi_disagg.model import PAGE_TOKENS, Transformer
 
 
 def generate(model: Transformer, prompt: Sequence[int], max_tokens: int) -> list[int]:

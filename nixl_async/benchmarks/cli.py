@@ -37,14 +37,14 @@ WIDTH_WITHOUT_TERMINAL = 160
 NAMED = 3
 
 
-class Format(enum.Enum):
+class Format(enum.StrEnum):
     """How a comparison is printed."""
 
     TABLE = "table"
     JSON = "json"
 
 
-class Name(enum.Enum):
+class Name(enum.StrEnum):
     """What can be compared."""
 
     THROUGHPUT = "throughput"

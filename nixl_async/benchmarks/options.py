@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import typer
 
 
-class Word(enum.Enum):
+class Word(enum.StrEnum):
     """A choice that is read whatever its case."""
 
     @classmethod

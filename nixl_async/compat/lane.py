@@ -73,6 +73,7 @@ class _LaneAgent(Agent):
     """Takes those who copy on threads of their own for transfers of its own: peers are told that they are quiet when they are."""
 
     gate: Gate
+    _by_rank = True
 
     def _peer_gone(self, name: str, error: PeerLost) -> None:
         self.gate.bump()

@@ -31,7 +31,7 @@ class Plugin:
     memory: tuple[nixl_mem_t, ...]
     params: Mapping[str, str]
     backends: tuple[str, ...]
-    """Ours, the preferred first; those in `optional` may be absent."""
+    """Ours; those in `optional` may be absent. Which one moves what is decided by their ranks, as for an agent without a list."""
     optional: frozenset[str] = frozenset()
     remote: bool = False
     used: frozenset[str] = frozenset()

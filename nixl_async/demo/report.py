@@ -28,13 +28,16 @@ class Progress:
         self._title = title
 
     def __enter__(self) -> Progress:
-        self._bars.start()
+        # rich before 14.3 writes a line even where it shows no bars.
+        if not self._bars.disable:
+            self._bars.start()
         for event, text in (("pushed", "prefill pushes"), ("verified", "decode checks")):
             self._tasks[event] = self._bars.add_task(f"{self._title}: {text}", total=self._layers)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
+        if not self._bars.disable:
+            self._bars.stop()
 
     def take(self, role: str, message: dict[str, Any]) -> None:
         """Take an event of a side."""

@@ -80,6 +80,10 @@ class Finder:
         """Publish this agent as served at `address`; return when it is, or soon if the store is away."""
         await self._roster.publish(address, self._blob)
 
+    async def withdraw(self) -> None:
+        """Take back what was published; peers are found as before."""
+        await self._roster.withdraw()
+
     async def reachable(self, host: str) -> str | None:
         """Return the address of this host that leads to the store, if `host` stands for every address; else `None`.
 

@@ -91,6 +91,7 @@ class Roster:
         self._changed = changed
         self._own: Discovered | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._publishing: list[asyncio.Task[None]] = []
         self._seen_once = asyncio.Event()
         self._published = asyncio.Event()
         self._unpublished = asyncio.Event()
@@ -111,15 +112,25 @@ class Roster:
         `metadata` returns its whole blob, for a store that holds such; `None` if there is none to publish.
         """
         self._own, self._metadata = Discovered(self._name, self._incarnation, address), metadata
-        self._spawn(self._keep(self._own))
+        self._publishing.append(self._spawn(self._keep(self._own)))
         if self._store.holds_metadata:
             self._stale.set()
-            self._spawn(self._keep_metadata())
+            self._publishing.append(self._spawn(self._keep_metadata()))
         await _patiently(self._published)
 
     def stale(self) -> None:
         """Take note that this agent's metadata has changed."""
         self._stale.set()
+
+    async def withdraw(self) -> None:
+        """Take this agent's entry back, and go on watching; a store that does not answer is left to find out by the lease."""
+        if self._own is None:
+            return
+        self._own = None
+        for task in self._publishing:
+            task.cancel()
+        await asyncio.gather(*self._publishing, return_exceptions=True)
+        await self._farewell(self._store.remove(self._name))
 
     async def aclose(self) -> None:
         """Withdraw this agent and stop watching; a store that does not answer is left to find out by the lease."""
@@ -130,20 +141,27 @@ class Roster:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                if self._own is not None:
-                    await self._store.remove(self._name)
-                await self._store.aclose()
-        except (*FAILURES, TimeoutError) as error:
-            logger.warning("agent %s: not withdrawn from %s: %s", self._name, self._title, error or "no answer")
+        await self._farewell(self._leave())
 
     # Inside.
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    async def _leave(self) -> None:
+        if self._own is not None:
+            await self._store.remove(self._name)
+        await self._store.aclose()
+
+    async def _farewell(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await work
+        except (*FAILURES, TimeoutError) as error:
+            logger.warning("agent %s: not withdrawn from %s: %s", self._name, self._title, error or "no answer")
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -53,7 +53,7 @@ class TCPStoreStore(DiscoveryStore):
         self.server: tuple[str, int] = (host.strip("[]"), int(port))
         self._prefix = url.path.strip("/") or PREFIX
         self._watching: _Client | None = None
-        self._overdue = -1
+        self._overdue = (-1, -1)
         self._closed = False
         self._owned: dict[str, tuple[int, bytes]] = {}
 
@@ -118,7 +118,11 @@ class TCPStoreStore(DiscoveryStore):
                 done, _ = await asyncio.wait({waiting}, timeout=CHECK_SECONDS)
                 if done:
                     return waiting.result()
-                await self._calls.run(partial(self._check, at=at))
+                try:
+                    await self._calls.run(partial(self._check, at=at))
+                except BackendError:
+                    if not waiting.done():
+                        raise
         finally:
             waiting.cancel()
 
@@ -184,10 +188,17 @@ class TCPStoreStore(DiscoveryStore):
         if head < at:
             raise BackendError("the TCPStore has begun anew", backend="tcpstore")
         if head > at:
-            # Who took the number has died before it wrote; or the watch's own connection is dead.
-            if self._overdue != at:
-                self._overdue = at
-            elif store.compare_set(self._key(at + 1), "", _NOTHING.decode()) != _NOTHING:
+            # Who took the numbers has died before it wrote, or could not write; or the watch's own connection is dead.
+            since, until = self._overdue
+            if since != at:
+                self._overdue = at, head
+                return
+            self._overdue = at, head
+            numbers = range(at + 1, min(until, at + _BATCH) + 1)
+            missing = [number for number in numbers if not store.check([self._key(number)])]
+            for number in missing:
+                store.compare_set(self._key(number), "", _NOTHING.decode())
+            if at + 1 not in missing:
                 raise BackendError("changes do not come through", backend="tcpstore")
 
 

@@ -29,6 +29,11 @@ async def backend(setup: dict[str, Any]) -> None:
 
     async with Agent("doctor", backends=[setup["name"]]):
         say(event="opened")
+        if setup["name"] == "ucx":
+            from nixl_async.backends.ucx import loaded_library
+
+            version, path = loaded_library()
+            say(event="library", version=version, path=path)
 
 
 async def file_engine(setup: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from nixl_async.doctor.facts import Facts, gather
 from nixl_async.doctor.findings import judge
 from nixl_async.doctor.report import Report, Route, Tried
 from nixl_async.doctor.stage import OTHER_HOST, PAGE_NBYTES, SAME_HOST, make_token
-from nixl_async.doctor.ucx import ask_ucx
+from nixl_async.doctor.ucx import Library, ask_ucx
 from nixl_async.errors import ConfigurationError
 
 PROBE_SECONDS = 30.0
@@ -44,7 +44,7 @@ async def examine(
     facts = gather()
     report = Report(facts)
     progress("asking UCX, CUDA and the kernel what there is")
-    await _few_at_once([_ask_ucx(report), _probe(report, "gpu"), _probe(report, "file-engine"), _open(report, "ucx")])
+    await _few_at_once([_ask_ucx(report), _probe(report, "gpu"), _probe(report, "file-engine")])
     if report.gpu.get("devices"):
         # Without a device they say so by themselves, before they load anything.
         await _few_at_once([*(_open(report, name) for name in OF_DEVICES), _probe(report, "gds")])
@@ -64,11 +64,11 @@ async def examine(
     return report
 
 
-async def _few_at_once(work: list[Coroutine[Any, Any, None]]) -> None:
+async def _few_at_once(work: list[Coroutine[Any, Any, object]]) -> None:
     # Each is a process that loads libraries, and takes three of our descriptors: there may be few cores and few descriptors.
     room = asyncio.Semaphore(AT_ONCE)
 
-    async def one(part: Coroutine[Any, Any, None]) -> None:
+    async def one(part: Coroutine[Any, Any, object]) -> None:
         async with room:
             await part
 
@@ -102,17 +102,21 @@ async def _probe(report: Report, what: str) -> None:
 
 
 async def _ask_ucx(report: Report) -> None:
-    report.ucx = await ask_ucx()
+    told = next((message for message in await _open(report, "ucx") if message.get("event") == "library"), None)
+    report.ucx = await ask_ucx(None if told is None else Library(told["version"], told["path"]))
     if report.ucx is None:
         return
     if report.ucx.failure:
         report.failures["ucx_info"] = report.ucx.failure
-    report.facts.add("ucx", "version", report.ucx.version or None, report.ucx.program)
+    if (library := report.ucx.library) is not None:
+        report.facts.add("ucx", "version that is loaded", library.version, library.path)
+    for program, version in ((report.ucx.program, report.ucx.version), *report.ucx.others):
+        report.facts.add("ucx", "version of ucx_info", version or None, program)
     for name in dict.fromkeys(name for name, _ in report.ucx.transports):
         report.facts.add("ucx", name, ", ".join(report.ucx.devices(name)), "ucx_info -d")
 
 
-async def _open(report: Report, name: str) -> None:
+async def _open(report: Report, name: str) -> list[dict[str, Any]]:
     answer = await ask("backend", seconds=PROBE_SECONDS, setup={"name": name})
     refused = next((message for message in answer.messages if message.get("event") == "refused"), None)
     if answer.failure:
@@ -122,6 +126,7 @@ async def _open(report: Report, name: str) -> None:
         report.missing[name] = refused["text"]
         if refused["kind"] != "MissingDependency":
             report.failures[f"opening {name}"] = refused["text"]
+    return answer.messages
 
 
 @asynccontextmanager

@@ -147,6 +147,16 @@ def _ucx(report: Report) -> Iterator[Finding]:
                 "pip install 'nixl-async[ucx-cu12]', or [ucx-cu13] where CUDA is 13",
             )
         return
+    if (library := report.ucx.library) is not None and report.ucx.differing:
+        programs = ", ".join(f"{program} of {version}" for program, version in report.ucx.differing)
+        preferred = str(report.facts.get("environment", PREFER_SYSTEM) or "false").lower() != "false"
+        yield Finding(
+            SLOW if preferred else NOTE,
+            f"UCX {library.version} is loaded, and there is also {programs}",
+            f"{library.path}: the libucx package loads its own libucp.so, or the system's if {PREFER_SYSTEM} is set",
+            f"if you want another: set {PREFER_SYSTEM}=true and LD_LIBRARY_PATH, and install the package that has libucp.so"
+            " (libucx-dev, ucx-devel)",
+        )
     if report.ucx.rdma:
         yield Finding(OK, f"UCX has RDMA: {', '.join(report.ucx.rdma)}")
     elif cards:

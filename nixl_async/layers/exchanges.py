@@ -49,7 +49,7 @@ MAX_REMEMBERED = 4096
 class Sender(Protocol):
     """What the layers need of an agent."""
 
-    async def prepare(self, src: Places, dst: Places, *, backend: str | None = None) -> PreparedTransfer:
+    async def prepare(self, src: Places, dst: Places, *, backend: str | None = None, once: bool = False) -> PreparedTransfer:
         """See `Agent.prepare`."""
 
     def submit(
@@ -115,6 +115,7 @@ class Exchanges:
         self._outgoing: dict[str, deque[bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._idle = asyncio.Event()
         membership.inbox.intercept(PREFIX, self._received)
 
     def close(self) -> None:
@@ -127,6 +128,22 @@ class Exchanges:
                 door.lost(ClosedError("the agent closes"))
         for task in self._tasks:
             task.cancel()
+        self._tell_idle()
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody here takes part in an exchange, waits for one, or messages are still to be sent."""
+        return not self._closed and bool(self._ends or self._doors or self._outgoing)
+
+    async def idle(self) -> None:
+        """Wait until nobody does, or everything was ended."""
+        while self.busy:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def _tell_idle(self) -> None:
+        if not self.busy:
+            self._idle.set()
 
     def note(self, kind: str, request: str, layers: Iterable[int]) -> None:
         """Tell whoever listens that layers are ready, have landed at the peer or have arrived."""
@@ -164,6 +181,7 @@ class Exchanges:
     def forget(self, peer: str, number: int, *, mine: bool) -> None:
         """Take part in an exchange no longer."""
         self._ends.pop((peer, mine, number), None)
+        self._tell_idle()
 
     def open_door(self, door: Door) -> None:
         """Wait for somebody to open an exchange, or take one that waits already."""
@@ -187,6 +205,7 @@ class Exchanges:
             doors.remove(door)
         if not doors:
             self._doors.pop(key, None)
+            self._tell_idle()
         self._over.pop(key, None)
         self._over[key] = door.peer, why
         if len(self._over) > MAX_REMEMBERED:
@@ -220,6 +239,7 @@ class Exchanges:
             logger.info("messages to %s are dropped: %s", peer, error)
         finally:
             del self._outgoing[peer]
+            self._tell_idle()
 
     def _received(self, notification: Notification) -> None:
         peer = notification.peer
@@ -285,6 +305,7 @@ class Exchanges:
                 end.lost(PeerLost(str(error), peer=peer))
         for door in [door for doors in self._doors.values() for door in doors if door.peer == peer]:
             door.lost(PeerLost(str(error), peer=peer))
+        self._tell_idle()
 
     def _drop_waiting(self, gone: Callable[[str, int], bool]) -> None:
         for key, waiting in list(self._waiting.items()):

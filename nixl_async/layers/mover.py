@@ -149,7 +149,7 @@ class Mover:
         transfer.add_done_callback(partial(self._ended, layers))
 
     async def _prepare(self, layers: list[int]) -> PreparedTransfer:
-        prepared = await self._sender.prepare(*self._plan.places(layers), backend=self._route.backend)
+        prepared = await self._sender.prepare(*self._plan.places(layers), backend=self._route.backend, once=True)
         route, plan = self._route, prepared.plan
         found = plan.dst.peer if route.push else plan.src.peer
         if found != route.peer:

@@ -29,7 +29,7 @@ class LayerPlan:
     __slots__ = ("layers", "request")
 
     def __init__(self, request: str, layers: Iterable[tuple[Places, Places]]) -> None:
-        self.request = check_request(request)
+        self.request: str = check_request(request)
         self.layers: tuple[tuple[Places, Places], ...] = tuple(layers)
         if not 0 < len(self.layers) <= MAX_LAYERS:
             found = f"the plan of request {request!r} has {len(self.layers)} layers"

@@ -123,7 +123,9 @@ class Offer:
     kind = "pull"
 
     def __init__(self, exchanges: Exchanges, request: str, peer: str, count: int) -> None:
-        self._exchanges, self.request, self.peer, self._count = exchanges, request, peer, count
+        self._exchanges, self._count = exchanges, count
+        self.request: str = request
+        self.peer: str = peer
         self._ready: set[int] = set()
         self._waits: set[asyncio.Future[Any]] = set()
         self._marked: set[int] = set()

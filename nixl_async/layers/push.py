@@ -217,7 +217,7 @@ class Incoming(LayerStream):
     def __init__(self, exchanges: Exchanges, request: str, peer: str | None) -> None:
         super().__init__(exchanges, request, None)
         self.peer = peer
-        self.trace = b""
+        self.trace: bytes = b""
         """The trace context of the producer, for `nixl_async.tracing`; empty until it has come."""
         self._exchange: tuple[str, int] | None = None
         self._quiet: asyncio.Future[None] | None = None

@@ -36,6 +36,13 @@ FAMILIES: dict[str, Family] = {
         Family("agent_xfer_time_us", HISTOGRAM, "Microseconds from a transfer's submission to its end", ("backend", "class")),
         Family("agent_xfer_time", COUNTER, "Microseconds of all transfers together, from submission to end"),
         Family(
+            "agent_xfer_post_time_us",
+            HISTOGRAM,
+            "Microseconds from the submission of a transfer that is done to its turn; all of what was copied at once",
+            ("backend", "class"),
+        ),
+        Family("agent_xfer_post_time", COUNTER, "Microseconds of all transfers together, from submission to their turn"),
+        Family(
             "agent_errors", COUNTER, "Transfers that failed, by NIXL's status and this library's error", ("status", "error")
         ),
         # What moves.

@@ -42,9 +42,10 @@ def read(agent: Agent, timings: Timings) -> Iterator[Sample]:
     for backend, (read_nbytes, written_nbytes) in list(timings.served.items()):
         yield Sample("agent_served_bytes", (backend, TX), read_nbytes)
         yield Sample("agent_served_bytes", (backend, RX), written_nbytes)
-    yield from _histograms("agent_xfer_time_us", timings.transfers)
+    for name, found in (("agent_xfer_time", timings.transfers()), ("agent_xfer_post_time", timings.posts())):
+        yield from _histograms(f"{name}_us", found)
+        yield Sample(name, (), sum(one.total for one in found.values()))
     yield from _histograms("agent_queue_time_us", timings.waits)
-    yield Sample("agent_xfer_time", (), sum(one.total for one in list(timings.transfers.values())))
     yield Sample("agent_loop_stall_us", (), timings.stalls)
 
 

@@ -34,6 +34,12 @@ class Histogram:
         self.counts[bisect_left(BUCKETS_US, microseconds)] += 1
         self.total += microseconds
 
+    def __add__(self, other: Histogram) -> Histogram:
+        both = Histogram()
+        both.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        both.total = self.total + other.total
+        return both
+
 
 class Timings:
     """An observer of one agent that fills histograms; from `start` to `stop` it also takes the loop's lateness.
@@ -49,8 +55,11 @@ class Timings:
         return cls._all.setdefault(agent, cls(agent))
 
     def __init__(self, agent: Agent) -> None:
-        self.transfers: dict[Key, Histogram] = {}
         self.waits: dict[Key, Histogram] = {}
+        # From submission to the turn, and to the end, of what the scheduler had; and what was copied at once, where both are one.
+        self._posts: dict[Key, Histogram] = {}
+        self._transfers: dict[Key, Histogram] = {}
+        self._inline: dict[Key, Histogram] = {}
         self.stalls = Histogram()
         self.served: dict[str, tuple[int, int]] = {}
         self._agent_ref = weakref.ref(agent)
@@ -79,6 +88,14 @@ class Timings:
             if self._timer is not None:
                 self._timer.cancel()
 
+    def transfers(self) -> dict[Key, Histogram]:
+        """Return how long the transfers that are done took."""
+        return _together(self._transfers, self._inline)
+
+    def posts(self) -> dict[Key, Histogram]:
+        """Return how long they took until it was their turn; what was copied at once, until its end."""
+        return _together(self._posts, self._inline)
+
     # Observer.
 
     def finished(self, record: TransferRecord) -> None:
@@ -86,10 +103,13 @@ class Timings:
         key = record.routes[0], record.traffic_class
         finished = record.submitted if record.finished is None else record.finished
         if record.state is TransferState.DONE:
-            histogram = self.transfers.get(key)
+            histogram = self._transfers.get(key)
             if histogram is None:
-                histogram = self.transfers[key] = Histogram()
+                histogram = self._transfers[key] = Histogram()
+                self._posts[key] = Histogram()
             histogram.add((finished - record.submitted) * 1e6)
+            started = finished if record.started is None else record.started
+            self._posts[key].add((started - record.submitted) * 1e6)
         if record.started is not None:
             histogram = self.waits.get(key)
             if histogram is None:
@@ -98,9 +118,9 @@ class Timings:
 
     def copied(self, plan: Plan, peer: str | None, route: str, traffic_class: TrafficClass, seconds: float) -> None:
         """Count a transfer that was copied at once."""
-        histogram = self.transfers.get((route, traffic_class))
+        histogram = self._inline.get((route, traffic_class))
         if histogram is None:
-            histogram = self.transfers[route, traffic_class] = Histogram()
+            histogram = self._inline[route, traffic_class] = Histogram()
         # As `Histogram.add`, written out: this runs once for each small transfer.
         microseconds = seconds * 1e6
         histogram.counts[bisect_left(BUCKETS_US, microseconds)] += 1
@@ -119,3 +139,8 @@ class Timings:
             served = backend.served()
             if served is not None:
                 self.served[name] = served
+
+
+def _together(one: dict[Key, Histogram], other: dict[Key, Histogram]) -> dict[Key, Histogram]:
+    nothing = Histogram()
+    return {key: one.get(key, nothing) + other.get(key, nothing) for key in [*one, *(key for key in other if key not in one)]}

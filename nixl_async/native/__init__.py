@@ -5,6 +5,7 @@ Every call releases the GIL. Arrays go in as `int64(array)`, which must stay ali
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nixl_async.errors import MissingDependency
@@ -16,7 +17,8 @@ try:
     from nixl_async.native._native import ffi, lib
 except ImportError as error:
     raise MissingDependency(
-        f"the compiled module is missing ({error}); install the package, or run `python nixl_async/native/builder.py` in a checkout"
+        f"the compiled module is missing from {Path(__file__).parent} ({error}); if that is a checkout, and the package was "
+        "installed elsewhere, start Python elsewhere, or `pip install --editable .`, or run `python nixl_async/native/builder.py`"
     ) from error
 
 

@@ -11,6 +11,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,6 +34,9 @@
 /* How long a connection may take to introduce itself, and how often those that have not are looked at. */
 #define TCP_STRANGER_NS 2000000000ll
 #define TCP_SWEEP_MS 500
+#define TCP_SPIN_NS 100000ll
+#define TCP_BRISK_NS 200000ll /* what comes before this has waited for little more than to be woken */
+#define TCP_SPIN_MISSED 8
 
 /* Streams. */
 
@@ -391,6 +395,34 @@ static void tcp_take_event(tcp_loop *loop, const struct epoll_event *event) {
     }
 }
 
+static int64_t tcp_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+/* Waits for events. Where the last ones came soon, those that follow are looked for without sleeping first: where small requests
+   follow each other, being woken takes longer than all the rest of them. After a miss several have to come soon before the next try. */
+static int tcp_wait(tcp_loop *loop, struct epoll_event *events, int timeout_ms) {
+    int n = 0, spins = loop->brisk > 0;
+    int64_t began = tcp_now();
+    while (spins && n == 0 && tcp_now() - began < TCP_SPIN_NS) {
+        n = epoll_wait(loop->epoll_fd, events, TCP_EVENTS, 0);
+        if (n == 0)
+            sched_yield();
+    }
+    if (n != 0)
+        return n;
+    n = epoll_wait(loop->epoll_fd, events, TCP_EVENTS, timeout_ms);
+    if (spins)
+        loop->brisk = -TCP_SPIN_MISSED;
+    else if (tcp_now() - began < TCP_BRISK_NS)
+        loop->brisk++;
+    else
+        loop->brisk = loop->brisk < 0 ? loop->brisk : 0;
+    return n;
+}
+
 static void *tcp_run(void *argument) {
     tcp_loop *loop = argument;
     struct epoll_event events[TCP_EVENTS];
@@ -411,7 +443,7 @@ static void *tcp_run(void *argument) {
         if (stop)
             return NULL;
         int strangers = __atomic_load_n(&loop->engine->strangers, __ATOMIC_RELAXED);
-        int n = epoll_wait(loop->epoll_fd, events, TCP_EVENTS, !sleeping ? 0 : strangers ? TCP_SWEEP_MS : -1);
+        int n = sleeping ? tcp_wait(loop, events, strangers ? TCP_SWEEP_MS : -1) : epoll_wait(loop->epoll_fd, events, TCP_EVENTS, 0);
         if (sleeping) {
             pthread_mutex_lock(&loop->lock);
             loop->sleeping = 0;
@@ -654,9 +686,14 @@ int64_t nx_tcp_now(nx_tcp_stream *stream, int64_t id, int put, int64_t n, const 
     int64_t end = time.tv_sec * 1000000000ll + time.tv_nsec + spin_ns;
     tcp_push(&stream->queue, frame);
     stream->now = id;
-    stream->writable = 1;
-    int result = tcp_send(stream, TCP_QUANTUM);
+    int result = 0;
     while (result >= 0 && stream->now) {
+        if (stream->queue.first) {
+            stream->writable = 1;
+            result = tcp_send(stream, TCP_QUANTUM);
+            if (result < 0)
+                break;
+        }
         stream->readable = 1;
         result = tcp_receive(stream, TCP_QUANTUM);
         clock_gettime(CLOCK_MONOTONIC, &time);

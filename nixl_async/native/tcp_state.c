@@ -128,7 +128,7 @@ struct tcp_loop {
     nx_tcp *engine;
     pthread_t thread;
     pthread_mutex_t lock;
-    int epoll_fd, wake_fd, started, sleeping, stop;
+    int epoll_fd, wake_fd, started, sleeping, stop, brisk; /* `brisk` > 0: events have come soon */
     int64_t swept_ns;
     tcp_command *first, **end;
     nx_tcp_stream *streams, *express, *ready, *ended; /* all but `ready`, which is the thread's alone, under `lock` */

@@ -29,7 +29,11 @@
 #define UCX_POST_VRAM_BYTES (16 << 20)
 #define UCX_WATCHDOG_MS 500
 #define UCX_GRACE_NS 1000000000ll
+#define UCX_DRAIN_NS 100000000ll
 #define UCX_MAX_MESSAGES_NBYTES (256ll << 20)
+#define UCX_MAX_LANES 32
+#define UCX_LANES_ROOM 1024
+#define UCX_LANES_NS 1000000000ll
 
 #define UCX_FUNCTIONS(X)                                                                                                      \
     X(ucp_worker_progress)                                                                                                     \
@@ -46,13 +50,15 @@
     X(ucp_ep_rkey_unpack)                                                                                                      \
     X(ucp_rkey_destroy)                                                                                                        \
     X(ucp_ep_create)                                                                                                           \
+    X(ucp_ep_query)                                                                                                            \
     X(ucp_ep_close_nbx)                                                                                                        \
     X(ucp_ep_flush_nbx)                                                                                                        \
     X(ucp_put_nbx)                                                                                                             \
     X(ucp_get_nbx)                                                                                                             \
     X(ucp_am_send_nbx)                                                                                                         \
     X(ucp_request_check_status)                                                                                                \
-    X(ucp_request_free)
+    X(ucp_request_free)                                                                                                        \
+    X(ucp_get_version_string)
 
 #define UCX_POINTER(name) __typeof__(&name) name;
 static struct {
@@ -94,8 +100,11 @@ struct nx_ucx_ep {
     ucp_ep_h ep;
     int64_t id;
     uint64_t identity; /* of the peer, 0 for one that is no agent of ours */
-    int refs, wants_close, flushed, closed, reported, hears, gone;
+    int refs, wants_close, flushed, closed, reported, hears, gone, broken; /* `broken`: UCX says that it failed */
+    int64_t drain_ns; /* until when what it has taken may be sent before it is closed by force */
     int64_t stop_ns; /* when its closing, or the end of one of its ops, was asked for */
+    int64_t lanes_ns; /* when UCX was last asked for its lanes */
+    char lanes[UCX_LANES_ROOM]; /* "transport device" a line; the engine's lock guards it */
     ucs_status_t failed;
     ucs_status_ptr_t flush, closing; /* the flush before it closes; that it closes */
     ucx_op *ops;
@@ -305,8 +314,31 @@ static void ucx_request_done(void *request, ucs_status_t status, void *argument)
 static void ucx_ep_failed(void *argument, ucp_ep_h handle, ucs_status_t status) {
     nx_ucx_ep *ep = argument;
     (void)handle;
+    ep->broken = 1;
     if (ep->failed == UCS_OK)
         ep->failed = status;
+}
+
+/* Asks UCX by which transports an endpoint goes. Connecting may change them after its first lanes were chosen, so this is done
+   again while it is used. Completes -id when they are other ones, and the first time. */
+static void ucx_ask_lanes(nx_ucx_ep *ep) {
+    ucp_transport_entry_t entries[UCX_MAX_LANES];
+    ucp_ep_attr_t attr = {.field_mask = UCP_EP_ATTR_FIELD_TRANSPORTS,
+                          .transports = {.entries = entries, .num_entries = UCX_MAX_LANES, .entry_size = sizeof *entries}};
+    char lanes[UCX_LANES_ROOM] = "";
+    int first = !ep->lanes_ns;
+    ep->lanes_ns = ucx_clock();
+    if (ep->failed == UCS_OK && ucx.ucp_ep_query(ep->ep, &attr) == UCS_OK) {
+        size_t n = 0;
+        for (unsigned i = 0; i < attr.transports.num_entries && n < sizeof lanes; i++)
+            n += (size_t)snprintf(lanes + n, sizeof lanes - n, "%s %s\n", entries[i].transport_name, entries[i].device_name);
+    }
+    if (!first && !strcmp(lanes, ep->lanes))
+        return;
+    pthread_mutex_lock(&ep->engine->lock);
+    memcpy(ep->lanes, lanes, sizeof lanes);
+    pthread_mutex_unlock(&ep->engine->lock);
+    ucx_complete(ep->engine, -ep->id, 0);
 }
 
 static void ucx_started(ucx_op *op, ucs_status_ptr_t request) {
@@ -382,12 +414,19 @@ static int ucx_step(ucx_op *op) {
     return 2;
 }
 
+/* Whether an endpoint that was given up is still to send what it has taken. UCX's TCP crashes when its end is closed by force
+   with bytes left to send, and the peer closes too: what it reads frees what it writes from (uct_tcp_iface_handle_events in
+   src/uct/tcp/tcp_iface.c of UCX 1.21). */
+static int ucx_drains(nx_ucx_ep *ep) {
+    return ep->failed != UCS_OK && !ep->broken && !ep->flushed && !ep->closing && !ep->closed && ucx_clock() < ep->drain_ns;
+}
+
 /* Flushes an endpoint that is to be closed; returns whether it did anything. Closing flushes too, but cannot be cut short then. */
 static int ucx_flush(nx_ucx_ep *ep) {
     if (!ep->flush) {
         ucp_request_param_t param = {0};
         ep->flush = ucx.ucp_ep_flush_nbx(ep->ep, &param);
-    } else if (ep->failed == UCS_OK && ucx.ucp_request_check_status(ep->flush) == UCS_INPROGRESS) {
+    } else if ((ep->failed == UCS_OK || ucx_drains(ep)) && ucx.ucp_request_check_status(ep->flush) == UCS_INPROGRESS) {
         return 0;
     } else {
         ucx.ucp_request_free(ep->flush);
@@ -416,6 +455,8 @@ static int ucx_step_ep(nx_ucx_ep *ep) {
             ucx_op *op = *place;
             *place = op->next;
             ucx_free_op(op);
+            if (ep->failed == UCS_OK && !ep->closing && !ep->closed && ucx_clock() - ep->lanes_ns > UCX_LANES_NS)
+                ucx_ask_lanes(ep);
         } else {
             place = &(*place)->next;
         }
@@ -424,10 +465,11 @@ static int ucx_step_ep(nx_ucx_ep *ep) {
         ep->reported = 1;
         ucx_complete(ep->engine, ep->id, ep->failed);
     }
-    if (ep->flush || (ep->wants_close && !ep->ops && !ep->flushed && !ep->closing && !ep->closed && ep->failed == UCS_OK))
+    if (ep->flush || ucx_drains(ep) ||
+        (ep->wants_close && !ep->ops && !ep->flushed && !ep->closing && !ep->closed && ep->failed == UCS_OK))
         did |= ucx_flush(ep);
     /* A failed endpoint is closed by force, which ends what is in flight on it. */
-    if (!ep->closing && !ep->closed && (ep->failed != UCS_OK || (ep->wants_close && ep->flushed))) {
+    if (!ucx_drains(ep) && !ep->closing && !ep->closed && (ep->failed != UCS_OK || (ep->wants_close && ep->flushed))) {
         ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS,
                                      .flags = ep->failed != UCS_OK ? UCP_EP_CLOSE_FLAG_FORCE : 0};
         /* From here on no rkey is unpacked on it any more: UCX crashes on an endpoint that is gone. */
@@ -456,6 +498,7 @@ static void ucx_obey(nx_ucx *engine, ucx_command *command) {
     case UCX_DO_ADD: {
         ep->next = engine->eps;
         engine->eps = ep;
+        ucx_ask_lanes(ep);
         pack_hello(ep);
         break;
     }
@@ -487,8 +530,10 @@ static void ucx_obey(nx_ucx *engine, ucx_command *command) {
         ep->stop_ns = ucx_clock();
         break;
     case UCX_DO_FAIL:
-        if (ep->failed == UCS_OK && !ep->closing && !ep->closed)
+        if (ep->failed == UCS_OK && !ep->closing && !ep->closed) {
             ep->failed = UCS_ERR_CONNECTION_RESET;
+            ep->drain_ns = ucx_clock() + UCX_DRAIN_NS;
+        }
         break;
     case UCX_DO_SETTLE:
         while (ucx.ucp_worker_progress(engine->worker)) {}
@@ -743,8 +788,9 @@ int nx_ucx_unmap(nx_ucx *engine, void *memory, uint64_t token) {
 }
 
 /* Makes an endpoint to a worker address, which must be whole: UCX does not check it. `id` completes with a UCX error when the
-   endpoint fails, or 0 when nx_ucx_disconnect has closed it; after a failure `id + 1` completes when it is closed. `identity`
-   is what the peer gave nx_ucx_open, 0 if it is no agent of ours. */
+   endpoint fails, or 0 when nx_ucx_disconnect has closed it; after a failure `id + 1` completes when it is closed. `-id` completes
+   when nx_ucx_lanes has an answer, and again with each other one. `identity` is what the peer gave nx_ucx_open, 0 if it is no agent
+   of ours. */
 nx_ucx_ep *nx_ucx_connect(nx_ucx *engine, const uint8_t *address, int64_t id, uint64_t identity, int *status) {
     nx_ucx_ep *ep = calloc(1, sizeof *ep);
     if (!ep) {
@@ -852,3 +898,23 @@ int nx_ucx_send(nx_ucx_ep *ep, int64_t id, const uint8_t *data, int64_t nbytes) 
 }
 
 int nx_ucx_packs(nx_ucx_ep *ep) { return __atomic_load_n(&ep->hears, __ATOMIC_RELAXED); }
+
+/* Tells by which transports an endpoint goes, "transport device" a line; empty where UCX does not know. */
+int nx_ucx_lanes(nx_ucx_ep *ep, uint8_t *out, int64_t room, int64_t *n) {
+    pthread_mutex_lock(&ep->engine->lock);
+    int result = ucx_copy_out(ep->lanes, strlen(ep->lanes), out, room, n);
+    pthread_mutex_unlock(&ep->engine->lock);
+    return result;
+}
+
+/* Tells the version of the libucp that this process has loaded, a space, and its file. Fails where it has loaded none. */
+int nx_ucx_library(uint8_t *out, int64_t room, int64_t *n) {
+    char why[256], text[4096];
+    Dl_info found;
+    if (!ucx.ucp_get_version_string && ucx_load(why, sizeof why))
+        return UCS_ERR_NO_RESOURCE;
+    if (!dladdr((void *)ucx.ucp_get_version_string, &found) || !found.dli_fname)
+        found.dli_fname = "";
+    snprintf(text, sizeof text, "%s %s", ucx.ucp_get_version_string(), found.dli_fname);
+    return ucx_copy_out(text, strlen(text), out, room, n);
+}

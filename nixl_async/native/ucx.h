@@ -30,3 +30,5 @@ const char *nx_ucx_text(int status);
 
 /* Whether the peer has said that it takes small pages packed into messages; until then all is one-sided. */
 int nx_ucx_packs(nx_ucx_ep *ep);
+int nx_ucx_lanes(nx_ucx_ep *ep, uint8_t *out, int64_t room, int64_t *n);
+int nx_ucx_library(uint8_t *out, int64_t room, int64_t *n);

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pytest
 
-from nixl_async.backend import Backend, Begun, PeerInfo, Revocation
+from nixl_async.backend import Backend, Begun, Op, PeerInfo, Revocation
 from nixl_async.errors import AccessError, NixlError, PeerLost, TransferError
 from nixl_async.testing.cancelling import cancel_after, cancel_at_await
 from nixl_async.testing.pair import HOST, THEIRS, Copy, Pair, open_pair
@@ -147,12 +147,20 @@ class BackendTests:
             pytest.skip("this backend copies nothing at once")
         memory = await pair.memory(direction, nbytes)
         (op,) = pair.ops(memory.src, memory.dst)
-        copied = pair.ours.copy_now(op)
-        if isinstance(copied, Begun):
-            await copied.future
-        elif not copied:
-            await pair.ours.copy(op)
+        await _copy_at_once(pair.ours, op)
         memory.check()
+
+    async def test_a_prepared_plan_is_copied_as_often_as_asked(self, pair: Pair, direction: str) -> None:
+        n = 400
+        memory, order = await pair.memory(direction, n * 1000), np.random.default_rng(2).permutation(n)
+        ops = pair.ops(memory.src.pages(order, 1000), memory.dst.pages(order, 1000))
+        for op in ops:
+            await pair.ours.prepare(op)
+        for _ in range(2):
+            memory.dst_bytes[:] = 0
+            for op in ops:
+                await _copy_at_once(pair.ours, op)
+            memory.check()
 
     async def test_it_offers_its_directions(self, pair: Pair, direction: str) -> None:
         memory = await pair.memory(direction, 4096)
@@ -442,6 +450,14 @@ class BackendTests:
     def _needs_processes(self) -> None:
         if not self.processes:
             pytest.skip("the backend reaches no other process")
+
+
+async def _copy_at_once(backend: Backend, op: Op) -> None:
+    copied = backend.copy_now(op)
+    if isinstance(copied, Begun):
+        await copied.future
+    elif not copied:
+        await backend.copy(op)
 
 
 def _footprint() -> tuple[int, int, int]:

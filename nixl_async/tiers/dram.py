@@ -98,20 +98,32 @@ class MemoryTier:
         known = self.known
         return [at for at, key in enumerate(keys) if key not in known]
 
-    def fill(self, keys: Sequence[bytes], slots: Sequence[int]) -> None:
-        """Make known blocks whose bytes are in slots that were taken, each key once; the slots are pinned once."""
+    def fill(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[int]:
+        """Make known blocks whose bytes are in slots that were taken, each key once; return where they are, pinned once more.
+
+        What another call brought meanwhile stays where it is, which may be on its way down; the bytes are the same, and the slot
+        that was taken for it is given back.
+        """
         slot_of, key_of, pins = self._slot_of, self._key_of, self._pins
+        places = list(slots)
         if not slot_of.keys().isdisjoint(keys):
-            # Other calls were faster, or their time is over. The bytes are the same; these are the younger.
-            self._forget([key for key in keys if key in slot_of])
-        for key, slot in zip(keys, slots, strict=True):
-            slot_of[key] = slot
-            key_of[slot] = key
-            pins[slot] = 1
+            known = self.known
+            for at, key in enumerate(keys):
+                if key in known:
+                    places[at] = self.pin([key])[0]
+                    self.give([slots[at]])
+                else:
+                    self._forget([key])
+        for key, slot, place in zip(keys, slots, places, strict=True):
+            if slot == place:
+                slot_of[key] = slot
+                key_of[slot] = key
+                pins[slot] = 1
         if self._ttl is not None:
             now, stored = time.time(), self._stored
-            for slot in slots:
+            for slot in places:
                 stored[slot] = now
+        return places
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
         """Return the slots of keys that are known, each pinned once more."""

@@ -177,7 +177,7 @@ class ObjectTier(LowerTier):
             memory += block
             memory += trailer
         try:
-            await self._context.agent.transfer(*((memory, objects[:]) if put else (objects[:], memory)))
+            await self._context.transfer(*((memory, objects[:]) if put else (objects[:], memory)), put=put)
         except PartsFailed as failed:
             return [failed.parts.get(at) for at in range(len(keys))]
         except TransferError as error:

@@ -41,13 +41,13 @@ class Segments:
             places = await self._places(slots)
             memory = blocks.descriptor()
             if not put:
-                await self._context.agent.transfer(places, memory)
+                await self._context.transfer(places, memory, put=False)
             elif self._direct:
-                await self._context.agent.transfer(memory, places)
+                await self._context.transfer(memory, places, put=True)
             else:
                 # Writers into the page cache of one file exclude each other, and spin while they wait.
                 async with self._putting:
-                    await self._context.agent.transfer(memory, places)
+                    await self._context.transfer(memory, places, put=True)
         except TransferError as error:
             if len(slots) == 1:
                 return [error]

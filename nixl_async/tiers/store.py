@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from nixl_async.backend import quiesce
+from nixl_async.dispatch import read_class
 from nixl_async.errors import ClosedError, ConfigurationError, NixlError, TransferError
 from nixl_async.tiers.blocks import Blocks, Memory
 from nixl_async.tiers.cascade import Cascade
@@ -20,6 +22,7 @@ from nixl_async.tiers.keys import check_keys
 from nixl_async.tiers.objects import ObjectTier
 from nixl_async.tiers.options import DRAM, MISS, Files, Outcome, TierOptions, TiersStatistics, check_options
 from nixl_async.tiers.tier import LowerTier
+from nixl_async.transfer import TrafficClass
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -47,6 +50,9 @@ class Tiers:
     down to the others through queues of `queue_nbytes` each; when a queue is full, puts wait. A got block comes from the first
     tier that has it and, with `promote`, goes up again. `checksum` gives blocks that leave memory a checksum, and `verify` checks
     it on each get. A block that a tier no longer has, or has damaged, is a miss or another tier's: never wrong bytes.
+    `traffic_class` is that of the agent's transfers for blocks, `put_class` (default: the same) of those by which blocks are put
+    and go down: "bulk" keeps offload out of the way of what requests wait for. What this process's own threads copy, from memory to
+    memory and through the page cache, is no transfer and has no class.
 
     Use it as `async with Tiers(agent, [DRAM(...), Files(...)], block_nbytes=65536) as tiers:`. Leaving the block waits until the
     queues are empty; if it raised, what is queued is dropped. All calls are cancellable: the caller's memory is quiet afterwards.
@@ -65,12 +71,22 @@ class Tiers:
         verify: bool = True,
         promote: bool = True,
         queue_nbytes: int = QUEUE_NBYTES,
+        traffic_class: TrafficClass | str = TrafficClass.NORMAL,
+        put_class: TrafficClass | str | None = None,
     ) -> None:
         self._options = list(tiers)
         check_options(self._options, block_nbytes)
-        self._agent = agent
         self.block_nbytes = block_nbytes
-        self._checks = {"checksum": checksum, "verify": verify}
+        get_class = read_class("traffic_class", traffic_class)
+        self._context = partial(
+            Context,
+            agent,
+            block_nbytes,
+            checksum=checksum,
+            verify=verify,
+            put_class=get_class if put_class is None else read_class("put_class", put_class),
+            get_class=get_class,
+        )
         self._moving = {"promote": promote, "queue_blocks": max(1, queue_nbytes // block_nbytes)}
         self._batch = max(1, min(BATCH_BLOCKS, BATCH_NBYTES // block_nbytes))
         self._chunk = max(1, min(CHUNK_BLOCKS, CHUNK_NBYTES // block_nbytes))
@@ -102,7 +118,7 @@ class Tiers:
         return self
 
     async def _open(self) -> None:
-        context = Context(self._agent, self.block_nbytes, **self._checks)
+        context = self._context()
         self._stack.callback(context.close)
         memory: MemoryTier | None = None
         lower: list[LowerTier] = []

@@ -21,6 +21,7 @@ from nixl_async import (
 from nixl_async.backends import cuda
 from nixl_async.backends.cuda import CUDABackend
 from nixl_async.cuda import DeviceBytes, device_count
+from nixl_async.cuda_kept import MIN_SEGMENTS
 from nixl_async.memory import open_buffer
 from nixl_async.testing import assert_same, pattern
 from tests.agents import TOKEN
@@ -123,6 +124,32 @@ async def test_between_devices(host: Host, devices: tuple[int, int]) -> None:
         await agent.transfer(src.pages(order, 1000), dst)
         assert_same(b, a.reshape(64, 1000)[order].ravel())
         assert {lane.device for lane in host.lanes} == set(devices)
+
+
+async def test_a_prepared_transfer_is_described_once(host: Host) -> None:
+    n = 2 * MIN_SEGMENTS
+    a, b = pattern(n * 100), np.zeros(n * 100, np.uint8)
+    order = np.random.default_rng(3).permutation(n)
+    async with Agent("a", backends=[CUDABackend()]) as agent:
+        src, dst = await device_memory(agent, a), await device_memory(agent, b)
+        prepared = await agent.prepare(src.pages(order, 100), dst)
+        once = await agent.prepare(src.pages(order, 100), dst, once=True)
+        assert len(host.described) == 1
+        for number in range(3):
+            a[:] = np.roll(a, 1)
+            await prepared.transfer()
+            assert_same(b, a.reshape(n, 100)[order].ravel())
+            assert host.n_sent == number + 1
+        b[:] = 0
+        await once.transfer()
+        assert_same(b, a.reshape(n, 100)[order].ravel())
+        assert host.n_sent == 3
+        # A launch that fails leaves it as it was.
+        host.fail_at = host.n_copies + 1
+        with pytest.raises(BackendError, match="on fire"):
+            await prepared.transfer()
+        await prepared.transfer()
+    assert host.freed
 
 
 @pytest.mark.parametrize("kinds", ["host", "device"])

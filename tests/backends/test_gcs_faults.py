@@ -79,7 +79,9 @@ READ_FAULTS = {
 @pytest.mark.parametrize("name", READ_FAULTS)
 async def test_reads_outlast(name: str, large: bool, agent: Agent, backend: GCSBackend, proxy: FaultProxy, url: str) -> None:
     nbytes = LARGE_NBYTES if large else SMALL_NBYTES
-    store = await agent.store(url, timeout=1, **PIECES)
+    # What is silent is waited for so long; a busy machine's emulator must not seem to be.
+    silent = name in ("silent", "silent at once", "dribbling")
+    store = await agent.store(url, timeout=2 if silent else 5, **PIECES)
     sent, got = pattern(nbytes), np.full(nbytes + 10, CANARY, np.uint8)
     await agent.transfer(await agent.register(sent), store.object("o"))
     one = store.object("o", nbytes)[:]

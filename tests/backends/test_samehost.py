@@ -376,6 +376,37 @@ async def test_small_copies_of_very_many_segments_do_not_hold_up_the_loop() -> N
         assert_same(memory.dst_bytes[::2], memory.src_bytes[: 32 << 10][::-1])
 
 
+async def test_what_should_take_too_long_for_the_loop_is_tried_there_again_and_again_and_more_and_more_seldom() -> None:
+    async with open_pair(SameHostBackend) as pair:
+        memory = await pair.memory("put", samehost.NOW_NBYTES)
+        (op,) = pair.ops(memory.src, memory.dst)
+        process = pair.ours._processes[THEIRS]
+        assumed = samehost._assumed(op)
+
+        def until_tried(seconds: float) -> int:
+            """Let threads take what a loop's copy may not; then try all that may be tried; return how many went to threads."""
+            handed = 0
+            while not process.is_short(op.put, assumed):
+                process.took(op, samehost.TRY_SECONDS * 0.9, on_loop=False)
+                handed += 1
+            for number in range(samehost.TRIES):
+                assert number == 0 or process.is_short(op.put, assumed)
+                # What comes before the last says nothing.
+                process.took(op, seconds if number == samehost.TRIES - 1 else samehost.TRY_SECONDS, on_loop=True)
+            return handed
+
+        process.pace[op.put] = samehost.TRY_SECONDS * 0.9 / assumed
+        slow = samehost.NOW_SECONDS * 1.5
+        assert [until_tried(slow) for _ in range(4)] == [8, 16, 32, 64]
+        assert until_tried(samehost.NOW_SECONDS / 2) == 128
+        assert process.is_short(op.put, assumed)
+        assert pair.ours.copy_now(op) is True
+        assert_same(memory.dst_bytes, memory.src_bytes)
+        # What is hopeless is not tried.
+        process.pace[op.put] = 1.01 * samehost.TRY_SECONDS / assumed
+        assert not any(process.is_short(op.put, assumed) for _ in range(3 * samehost.TRY_AFTER))
+
+
 async def test_many_threads_copy_at_once() -> None:
     async with open_pair(SameHostBackend) as pair:
         memory = await pair.memory("put", 64)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import socket
 import struct
 
 import numpy as np
 import pytest
 
-from nixl_async import AccessError, Agent, BackendError, DescriptorError
+from nixl_async import AccessError, Agent, BackendError, ConfigurationError, DescriptorError
 from nixl_async.backend import Host, PeerInfo
+from nixl_async.backends import tcp
 from nixl_async.backends.tcp import TCPBackend
 from nixl_async.testing import Canary, assert_same, pattern
 from tests.agents import TOKEN, agent_process, connect, known, two_agents
@@ -195,6 +199,61 @@ async def test_a_lone_large_transfer_takes_all_streams() -> None:
     assert_same(target, source)
 
 
+@pytest.mark.parametrize("get", [True, False])
+async def test_a_copy_larger_than_the_socket_takes_is_carried_on_while_it_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, get: bool
+) -> None:
+    monkeypatch.setattr(tcp, "SPIN_MOST_NS", 10**11)
+    monkeypatch.setattr(tcp, "SPIN_NS", 10**11)
+    nbytes = TCPBackend.limits.inline_nbytes
+    source, target = pattern(nbytes, 4), np.zeros(nbytes, np.uint8)
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        await b.register(source if get else target, name="kv")
+        await known(a, peer, "kv")
+        near = await a.register(target if get else source)
+        far = peer.region("kv")
+        await a.transfer(*((far, near) if get else (near, far)))
+        assert a.statistics().inline == 1
+    assert_same(target, source)
+
+
+@pytest.mark.parametrize("nbytes", [4096, 2 * tcp.LARGE_NBYTES])
+async def test_copies_at_once_of_which_none_is_answered_soon_are_no_failures(
+    monkeypatch: pytest.MonkeyPatch, nbytes: int
+) -> None:
+    # As with a peer that is far away: each answer comes after the look for it.
+    monkeypatch.setattr(tcp, "SPIN_MOST_NS", 0)
+    source, target = pattern(20 * nbytes, 5), np.zeros(20 * nbytes, np.uint8)
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        await b.register(target, name="kv")
+        await known(a, peer, "kv")
+        near, far = await a.register(source), peer.region("kv")
+        for first in (0, 10):
+            places = [slice(n * nbytes, (n + 1) * nbytes) for n in range(first, first + 10)]
+            await asyncio.gather(*(a.transfer(near[place], far[place]) for place in places))
+        found = a.statistics()
+        assert (found.done, found.failed, found.retries, found.failovers, found.routes_lost) == (20, 0, 0, 0, 0)
+    assert_same(target, source)
+
+
+async def test_what_is_large_goes_to_the_threads_where_looks_are_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "SPIN_MOST_NS", 10**11)
+    monkeypatch.setattr(tcp, "SPIN_NS", 10**11)
+    nbytes = 2 * tcp.LARGE_NBYTES
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        await b.register(np.zeros(nbytes, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        near, far, backend = await a.register(pattern(nbytes, 6)), peer.region("kv"), a._backends["tcp"]
+        backend._peers["b"].misses[True] = tcp.SPIN_MISSES
+        for _ in range(tcp.SPIN_AGAIN - tcp.SPIN_MISSES):
+            await a.transfer(near, far)
+        assert a.statistics().inline == 0
+        # One is tried again, is worth it, and so are those after it.
+        await a.transfer(near, far)
+        await a.transfer(near, far)
+        assert a.statistics().inline == 2
+
+
 async def test_silent_connections_keep_nobody_out_and_end_soon() -> None:
     a, b = await _opened("a"), await _opened("b")
     silent = []
@@ -234,3 +293,69 @@ async def test_one_that_says_little_by_little_has_no_more_time() -> None:
         writer.close()
     finally:
         await backend.aclose()
+
+
+# Ports.
+
+
+def _port(agent: Agent) -> int:
+    ((_, port),) = json.loads(agent._backends["tcp"].describe())["at"]
+    return int(port)
+
+
+async def test_agents_of_a_host_share_a_range_of_ports_and_a_fixed_port_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _free_run(3)
+    for _ in range(2):
+        async with (
+            Agent("a", token=TOKEN, backends=[TCPBackend(ports=f"{first}-{first + 2}")]) as a,
+            Agent("b", token=TOKEN, backends=[TCPBackend(ports=f"{first}-{first + 2}")]) as b,
+        ):
+            peer = await connect(a, b)
+            memory, got = pattern(1 << 20, 1), np.zeros(1 << 20, np.uint8)
+            await b.register(memory, name="kv")
+            await known(a, peer, "kv")
+            mine = await a.register(got)
+            assert (await a.transfer(peer.region("kv"), mine)).route == "tcp"
+            assert_same(got, memory)
+            assert sorted((_port(a), _port(b))) == [first, first + 1]
+            monkeypatch.setenv("NIXL_ASYNC_TCP_PORTS", f"{first + 2}")
+            async with Agent("c", token=TOKEN, backends=["tcp"]) as c:
+                await c.serve()
+                assert _port(c) == first + 2
+                async with Agent("d", token=TOKEN, backends=["tcp"]) as d:
+                    with pytest.raises(ConfigurationError, match=f"port {first + 2} is taken; .*NIXL_ASYNC_TCP_PORTS"):
+                        await d.serve()
+                async with Agent("e", token=TOKEN, backends=[TCPBackend(ports=f"{first}-{first + 2}")]) as e:
+                    with pytest.raises(ConfigurationError, match=f"all ports {first}-{first + 2} are taken"):
+                        await e.connect(c.address or "")
+
+
+def _free_run(n: int) -> int:
+    """Return the first of `n` ports in a row that nobody uses, below those of the servers for tests and the kernel's own."""
+    for first in range(3000 + os.getpid() % 300 * 10, 7000 - n):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + n):
+                sock = stack.enter_context(socket.socket())
+                sock.bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no free ports")
+
+
+@pytest.mark.parametrize(
+    "ports", ["", "0", 70000, "7199-7100", "7100-", "-7100", "http", "7100-7199-7200", "7100, 7101", -1, True]
+)
+def test_ports_that_are_none_are_refused(ports: str | int) -> None:
+    with pytest.raises(ConfigurationError, match="ports is"):
+        TCPBackend(ports=ports)
+
+
+def test_ports_of_the_environment_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIXL_ASYNC_TCP_PORTS", "99999")
+    with pytest.raises(ConfigurationError, match="NIXL_ASYNC_TCP_PORTS is '99999'; ports are 1 to 65535"):
+        TCPBackend()
+
+
+async def test_a_port_that_may_not_be_used_is_said_at_once() -> None:
+    async with Agent("a", token=TOKEN, backends=[TCPBackend(ports="7100-7199")]) as a:
+        with pytest.raises(ConfigurationError, match=r"cannot listen at 203\.0\.113\.77, port 7100"):
+            await a.serve("203.0.113.77")

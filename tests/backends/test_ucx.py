@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,17 @@ import pytest
 from nixl_async import Agent, BackendError, NixlError, RegistrationError
 from nixl_async.backend import Host, PeerInfo
 from nixl_async.cuda import DeviceBytes, device_count
-from nixl_async.descriptors import MemoryKind
+from nixl_async.descriptors import MemoryKind, make_plan
 from nixl_async.testing import Canary, assert_same, pattern
 from tests.agents import ROOT, TOKEN, agent_process, known, two_agents
 
 pytest.importorskip("ucxx")
 
-from nixl_async.backends.ucx import UCXBackend, _seal
+from nixl_async.backends.ucx import UCXBackend, _seal, loaded_library
+from nixl_async.backends.ucx_lanes import RDMA_RANK
+
+CARD = "rc_mlx5 mlx5_0:1\nrc_mlx5 mlx5_1:1\ntcp eth0\n"
+"""What UCX says of an endpoint where there are RDMA cards; there are none where this was written."""
 
 
 async def test_a_worker_address_with_any_bit_flipped_is_refused() -> None:
@@ -172,6 +177,123 @@ async def test_parting_from_a_stopped_peer_takes_a_moment(busy: bool) -> None:
         got = np.zeros(1 << 20, np.uint8)
         await near.transfer(peer.region("memory"), await near.register(got))
         assert_same(got, pattern(1 << 20, 1))
+
+
+async def test_the_lanes_are_those_that_ucx_has_chosen() -> None:
+    async with agent_process("far", backends=["tcp", "ucx"]) as far, Agent("near", token=TOKEN, backends=["ucx"]) as near:
+        remote = (await near.connect(far.address)).region("memory")
+        lanes = near._backends["ucx"]._peers["far"].lanes  # type: ignore[attr-defined]
+        assert lanes
+        here = await near.register(np.zeros(1 << 20, np.uint8))
+        explained = near.explain(remote, here)
+        assert explained.how.startswith(", ".join(f"{transport} on {device}" for transport, device in lanes) + "; one-sided")
+        devices = dict(lanes)
+        # This machine's own words for them, as in `ip link`.
+        assert "tcp" not in devices or (Path("/sys/class/net") / devices["tcp"]).exists()
+
+
+@pytest.mark.parametrize("lanes", [CARD, ""], ids=["rdma", "as-it-is"])
+async def test_ucx_comes_before_tcp_towards_peers_that_it_reaches_by_rdma(lanes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = UCXBackend._ask_lanes
+    monkeypatch.setattr(UCXBackend, "_ask_lanes", lambda self, pointer: lanes or asked(self, pointer))
+    async with agent_process("far", backends=["tcp", "ucx"]) as far, Agent("near", token=TOKEN) as near:
+        remote = (await near.connect(far.address)).region("memory")
+        got = np.zeros(1 << 20, np.uint8)
+        here = await near.register(got)
+        explained = near.explain(remote, here)
+        found = near._backends["ucx"]._peers["far"].lanes  # type: ignore[attr-defined]
+        rdma = bool(lanes) or any(transport.startswith(("rc_", "dc_", "ud_")) for transport, _ in found)
+        assert explained.routes == (("ucx", "tcp") if rdma else ("tcp", "ucx"))
+        if lanes:
+            assert explained.how.startswith("rc_mlx5 on mlx5_0:1, rc_mlx5 on mlx5_1:1, tcp on eth0; one-sided")
+        assert f"{found[0][0]} on {found[0][1]}" in explained.ways["ucx"]
+        assert (await near.prepare(remote, here)).routes == explained.routes
+        assert (await near.transfer(remote, here)).route == explained.routes[0]
+        assert_same(got, pattern(1 << 20, 1))
+        # A transfer chooses for itself.
+        assert (await near.transfer(remote, here, backend="tcp")).route == "tcp"
+
+
+async def test_other_lanes_change_the_order_of_what_is_routed_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [CARD]
+    monkeypatch.setattr(UCXBackend, "_ask_lanes", lambda self, pointer: told[0])
+    async with agent_process("far", backends=["tcp", "ucx"]) as far, Agent("near", token=TOKEN) as near:
+        remote = (await near.connect(far.address)).region("memory")
+        here = await near.register(np.zeros(1 << 20, np.uint8))
+        prepared = await near.prepare(remote, here)
+        backend = near._backends["ucx"]
+        assert isinstance(backend, UCXBackend)
+        assert (await near.transfer(remote, here)).route == "ucx"
+        told[0] = "tcp eth0\n"
+        backend._take_lanes(backend._peers["far"].number)
+        assert (await near.transfer(remote, here)).route == "tcp"
+        # What was prepared keeps its routes.
+        assert (await near.transfer(prepared)).route == "ucx"
+        # An endpoint that is made again is asked again.
+        told[0] = CARD
+        await backend.disconnect("far")
+        await backend.connect(near._membership.peers["far"].infos["ucx"])
+        assert near.explain(remote, here).routes == ("ucx", "tcp")
+
+
+@pytest.mark.parametrize("peermem", [False, True], ids=["cards-without-vram", "cards-with-vram"])
+async def test_vram_goes_by_the_cards_where_they_reach_it(
+    peermem: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(UCXBackend, "_ask_lanes", lambda self, pointer: CARD)
+    monkeypatch.setattr("nixl_async.backends.ucx.PEERMEM", (str(tmp_path if peermem else tmp_path / "none"),))
+    async with two_agents(backends=["ucx"]) as (a, b, peer):
+        await b.register(np.zeros(4096, np.uint8), name="kv")
+        await known(a, peer, "kv")
+        here, remote, backend = await a.register(pattern(4096, 1)), peer.region("kv"), a._backends["ucx"]
+        plan = make_plan(here, remote)
+        assert backend.rank_for(plan.src, plan.dst) == RDMA_RANK
+        remote.kind = MemoryKind.VRAM
+        plan = make_plan(here, remote)
+        assert backend.rank_for(plan.src, plan.dst) == (RDMA_RANK if peermem else UCXBackend.rank)
+
+
+LOGGING = (
+    "import asyncio, os, numpy as np\n"
+    "from nixl_async import Agent, NixlError\n"
+    "from tests.agents import TOKEN, agent_process\n"
+    "async def main():\n"
+    "    async with Agent('near', token=TOKEN, backends=['ucx']) as near, agent_process('far', backends=['ucx']) as far:\n"
+    "        await near.connect(far.address)\n"
+    "        backend, info = near._backends['ucx'], near._membership.peers['far'].infos['ucx']\n"
+    "        await far.end()\n"
+    "        await backend.disconnect('far')\n"
+    "        try:\n"
+    "            await backend.connect(info)\n"
+    "            await backend.send_notification('far', b'are you there?')\n"
+    "        except NixlError as error:\n"
+    "            print('error:', error)\n"
+    "asyncio.run(main())\n"
+    "print('left:', sorted({'UCX_LOG_FILE', 'UCX_RNDV_THRESH', 'UCX_MEMTYPE_CACHE'} & set(os.environ)))"
+)
+
+
+@pytest.mark.parametrize("chosen", [None, "stdout"], ids=["ours", "the-user-s"])
+def test_ucx_s_log_goes_where_the_user_wants_it_and_never_to_standard_output_by_itself(chosen: str | None) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("UCX_")}
+    environment |= {} if chosen is None else {"UCX_LOG_FILE": chosen}
+    ran = subprocess.run(
+        [sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True, env=environment, cwd=ROOT
+    )
+    lines = ran.stdout.splitlines()
+    # A peer that was killed and is tried again: UCX says so, and so does the error.
+    assert [line for line in lines if line.startswith("error: peer 'far'")]
+    printed, said = (" UCX  " in text for text in (ran.stdout, ran.stderr))
+    assert (printed, said) == ((False, True) if chosen is None else (True, False))
+    # What the program starts has the environment that its user has made.
+    assert lines[-1] == f"left: {[] if chosen is None else ['UCX_LOG_FILE']}"
+
+
+def test_the_library_that_is_loaded_tells_its_version_and_its_file() -> None:
+    version, path = loaded_library()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libucp" in line}
+    assert {str(Path(path).resolve())} == {str(Path(one).resolve()) for one in maps}
 
 
 def test_one_libucp_is_loaded_and_the_memory_cache_stays_as_the_user_had_it() -> None:

@@ -6,15 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.compat.etcd_server import INSTALL, EtcdServer, program
+from tests.compat.etcd_server import EtcdServer
+from tests.stores import etcd_running
 
 
 @pytest.fixture(scope="session")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     """Run etcd."""
-    if program() is None:
-        pytest.skip(f"etcd is not installed: {INSTALL}")
-    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
-    server.start()
-    yield server
-    server.stop()
+    with etcd_running(tmp_path_factory.mktemp("etcd")) as server:
+        yield server

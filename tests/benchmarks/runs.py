@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from typer.testing import CliRunner, Result
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 from nixl_async.benchmarks.transfer.conductor import Conductor, Step, Watcher
 from nixl_async.benchmarks.transfer.contenders import contenders
 from nixl_async.benchmarks.transfer.control import Contender, ControlServer, Launcher
-from nixl_async.benchmarks.transfer.options import make
+from nixl_async.benchmarks.transfer.options import Options, make
 from nixl_async.cli import app
 from tests.agents import ROOT
 
@@ -31,14 +32,22 @@ TINY: dict[str, Any] = {
 
 async def steps(players: Sequence[Contender] | None = None, warnings: list[str] | None = None, **given: Any) -> list[Step]:
     """Run a tiny sweep on processes of this machine; return its steps."""
-    options = make(TINY | given)
+    async with conducting(make(TINY | given), players, warnings) as conductor:
+        return [step async for step in conductor.steps()]
+
+
+@contextlib.asynccontextmanager
+async def conducting(
+    options: Options, players: Sequence[Contender] | None = None, warnings: list[str] | None = None
+) -> AsyncIterator[Conductor]:
+    """Start processes of this machine."""
     server = ControlServer()
     address = await server.open()
     launchers = [Launcher(address, server.secret)] * options.world
     watcher = Watcher(warn=(warnings if warnings is not None else []).append)
     everyone = contenders(options) if players is None else players
     async with Conductor(options, everyone, server, launchers, watcher) as conductor:
-        return [step async for step in conductor.steps()]
+        yield conductor
 
 
 def arguments(**given: Any) -> list[str]:

@@ -21,12 +21,13 @@ import pytest
 from typer.testing import CliRunner
 
 from nixl_async.benchmarks import results
-from nixl_async.benchmarks.transfer.conductor import OURS, RAW, Step, WrongBytes
+from nixl_async.benchmarks.transfer.conductor import OURS, RAW, SPARE, Step, WrongBytes
 from nixl_async.benchmarks.transfer.control import HERE, BenchmarkFailed, Contender
-from nixl_async.benchmarks.transfer.options import Location, Op, Scheme
+from nixl_async.benchmarks.transfer.options import Location, Mode, Op, Scheme, make
+from nixl_async.benchmarks.transfer.peers.plain import Point
 from nixl_async.cli import app
 from tests.agents import ROOT
-from tests.benchmarks.runs import PROGRAM, arguments, command, environment, refused, steps
+from tests.benchmarks.runs import PROGRAM, TINY, arguments, command, conducting, environment, refused, steps
 
 RAW_PEER = Contender(RAW, str(HERE / "peers" / "raw_peer.py"))
 
@@ -60,6 +61,20 @@ async def test_schemes(scheme: Scheme, initiators: int, targets: int, op: Op) ->
     assert len(step.rounds[OURS]) == 2
     # Four requests a round of each initiator.
     assert len(step.rounds[OURS][0].latency) == 4 * initiators
+
+
+@pytest.mark.parametrize(
+    ("scheme", "n", "m"), [(Scheme.PAIRWISE, 2, 2), (Scheme.MANY_TO_ONE, 2, 1), (Scheme.ONE_TO_MANY, 1, 2), (Scheme.TP, 1, 2)]
+)
+@pytest.mark.parametrize("op", list(Op))
+async def test_one_process_for_all_devices_of_a_side(scheme: Scheme, n: int, m: int, op: Op) -> None:
+    given = {"scheme": scheme, "num_initiator_dev": n, "num_target_dev": m, "op_type": op}
+    step = only(await steps(mode=Mode.MG, raw=True, notify=True, num_threads=2, **given))
+    assert step.checked
+    # Four requests a round, each with what all devices move.
+    assert [len(one.latency) for one in step.rounds[OURS]] == [4, 4]
+    moved = step.point.block * step.point.batch * max(n, m if scheme is Scheme.ONE_TO_MANY else 1) * 4
+    assert [round(one.throughput * one.seconds * 1e9) for one in step.rounds[OURS]] == [moved, moved]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +199,26 @@ async def test_another_library_that_fails_is_left_out(tmp_path: Path) -> None:
 
 
 RAW_AS_OURS = Contender(OURS, str(HERE / "peers" / "raw_peer.py"))
+
+
+async def test_a_turn_of_some_seconds_has_as_many_requests_as_it_takes() -> None:
+    options = make(TINY | {"num_threads": 2})
+    async with conducting(options) as conductor:
+        step = Step(next(iter(options.points())))
+        await conductor.begin(step, 2)
+        for seconds in (0.0, 0.05):
+            await conductor.round(step, 4, "a round", seconds)
+        # Another point, and back to the first: it goes on.
+        await conductor.begin(Step(Point(4096, 2, 2, salt=9)), 2)
+        await conductor.begin(step, 2)
+        await conductor.round(step, 4, "a round")
+    counted, timed, again = step.rounds[OURS]
+    assert counted.requests == again.requests == 4
+    assert timed.requests > 4
+    assert timed.requests % 4 == 0
+    assert len(timed.latency) == timed.requests
+    assert 0.05 * (1 - SPARE) <= timed.seconds < 5
+    assert timed.throughput == pytest.approx(timed.requests * 4096 * 4 / timed.seconds / 1e9)
 
 
 async def test_contenders_take_turns_and_those_that_spin_are_stopped(tmp_path: Path) -> None:

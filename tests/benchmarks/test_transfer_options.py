@@ -12,7 +12,7 @@ import pytest
 
 from nixl_async.benchmarks.options import Format
 from nixl_async.benchmarks.transfer.command import transfer
-from nixl_async.benchmarks.transfer.options import Location, Op, Options, Scheme, Segment, Versus, flows, make
+from nixl_async.benchmarks.transfer.options import Location, Mode, Op, Options, Scheme, Segment, Versus, flows, make
 from nixl_async.benchmarks.transfer.peers.plain import Flow, need
 from nixl_async.errors import ConfigurationError
 
@@ -39,6 +39,18 @@ def test_blocks_double_and_batches_do_within_them() -> None:
     assert len({point.salt for point in options.points()}) == 6
 
 
+def test_sizes_grow_by_another_factor_and_requests_stay_below_a_bound() -> None:
+    options = make({
+        "start_block_size": 1024, "max_block_size": 20000, "max_batch_size": 20, "size_factor": 4, "max_request_size": 16384,
+    })  # fmt: skip
+    assert [(point.block, point.batch) for point in options.points()] == [
+        (1024, 1), (1024, 4), (1024, 16), (4096, 1), (4096, 4), (16384, 1),
+    ]  # fmt: skip
+    assert len({point.salt for point in options.points()}) == 6
+    # Memory is needed for what is measured.
+    make({"max_batch_size": 256, "max_request_size": 64 << 20, "total_buffer_size": 64 << 20})
+
+
 def test_large_blocks_make_fewer_requests_and_all_are_multiples_of_the_slots() -> None:
     options = make({"num_iter": 1000, "warmup_iter": 100, "rounds": 5, "num_threads": 3, "pipeline_depth": 2})
     assert options.iterations(1 << 20) == (204, 102)
@@ -56,6 +68,9 @@ def test_large_blocks_make_fewer_requests_and_all_are_multiples_of_the_slots() -
         ({"start_block_size": 0}, "--start-block-size is 0; it must be at least 1"),
         ({"start_block_size": 8192, "max_block_size": 4096}, "at most --max-block-size (4096)"),
         ({"num_iter": 0}, "--num-iter is 0; it must be at least 1"),
+        ({"size_factor": 1}, "--size-factor is 1; it must be at least 2"),
+        ({"max_request_size": -1}, "--max-request-size is -1; it must be at least 0"),
+        ({"max_request_size": 4095}, "--max-request-size is 4095; it must be at least the first request's bytes, 4096"),
         ({"warmup_iter": -1}, "--warmup-iter is -1; it must be at least 0"),
         ({"reregister_mem": True, "prepared_xfer": True}, "leave one out"),
         ({"reregister_mem": True, "num_threads": 2}, "give 1 and 1"),
@@ -64,6 +79,7 @@ def test_large_blocks_make_fewer_requests_and_all_are_multiples_of_the_slots() -
         ({"target_seg_type": Segment.FILE, "randomize_location_mode": Location.BYTE}, "--no-check-consistency"),
         ({"target_seg_type": Segment.FILE, "notify": True}, "FILE has none"),
         ({"target_seg_type": Segment.FILE, "scheme": Scheme.TP}, "pairwise where the target is FILE"),
+        ({"target_seg_type": Segment.FILE, "mode": Mode.MG, "num_initiator_dev": 2}, "use --mode SG"),
         ({"target_seg_type": Segment.FILE, "filepath": "/nowhere"}, "a directory that exists"),
         ({"target_seg_type": Segment.FILE, "filenames": "a,b"}, "--num-files is 1; it must be the number of --filenames, 2"),
         ({"filepath": "/tmp"}, "add --target-seg-type FILE or leave it out"),
@@ -161,12 +177,32 @@ def test_no_byte_of_either_side_is_moved_twice(
     options = make(
         given | {"num_threads": 2, "pipeline_depth": 2, "start_block_size": 64, "max_block_size": 64} | {"start_batch_size": 3}
     )
+    _each_byte_once(options, expected, (n, m))
+
+
+@pytest.mark.parametrize(("scheme", "n", "m", "expected"), LAYOUTS)
+def test_with_all_devices_in_one_process_the_same_is_moved(scheme: Scheme, n: int, m: int, expected: list[Flow]) -> None:
+    given = {"scheme": scheme, "num_initiator_dev": n, "num_target_dev": m, "mode": Mode.MG}
+    options = make(given | {"num_threads": 2, "start_block_size": 64, "max_block_size": 64, "start_batch_size": 3})
+    assert (options.world, options.role(0), options.role(1)) == (2, ("initiator", 0), ("target", 0))
+    found = flows(options)
+    _each_byte_once(options, found, (1, 1))
+    # A device has an equal part of its side's memory, one after the other.
     (point,) = options.points()
     for role, count in (("initiator", n), ("target", m)):
+        whole = need(point, found, role, 0)
+        for one, apart in zip(found, expected, strict=True):
+            where = point.near(one, 1) if role == "initiator" else point.far(one, 1)
+            assert set((where // (whole // count)).tolist()) == {getattr(apart, role)}
+
+
+def _each_byte_once(options: Options, found: list[Flow], counts: tuple[int, int]) -> None:
+    (point,) = options.points()
+    for role, count in zip(("initiator", "target"), counts, strict=True):
         for index in range(count):
-            nbytes = need(point, expected, role, index)
+            nbytes = need(point, found, role, index)
             touched = np.zeros(nbytes, np.int64)
-            for flow in expected:
+            for flow in found:
                 if getattr(flow, role) == index:
                     for slot in range(point.slots):
                         for place in (point.near if role == "initiator" else point.far)(flow, slot).tolist():

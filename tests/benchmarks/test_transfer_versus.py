@@ -13,19 +13,9 @@ from nixl_async.benchmarks.transfer.conductor import OURS
 from nixl_async.benchmarks.transfer.contenders import NIXL_LIKE_OURS
 from nixl_async.benchmarks.transfer.options import Op, Scheme, Segment, Versus
 from nixl_async.testing.servers import Server
-from tests.agents import ROOT
 from tests.benchmarks.runs import arguments, command, refused, steps
 from tests.benchmarks.test_transfer import only
 from tests.benchmarks.test_transfer_storage import s3
-
-
-@pytest.fixture
-def nixl_python() -> str:
-    """The interpreter of the environment that holds NIXL's wheel."""
-    python = os.environ.get("NIXL_ASYNC_NIXL_PYTHON") or str(ROOT / ".nixl-env/bin/python")
-    if not Path(python).exists():
-        pytest.skip("no environment with NIXL's wheel: .ci/test makes it")
-    return python
 
 
 @pytest.mark.nixl

@@ -15,6 +15,7 @@ from nixl_async.errors import BackendError, ConfigurationError
 from nixl_async.testing.servers import free_ports
 from tests.compat.etcd_server import INSTALL, EtcdServer, program
 from tests.compat.test_behaviours import NIXL_PYTHON, dropin, names, needs_nixl, run
+from tests.stores import etcd_running
 
 FILE, COMMON = "through_etcd.py", "through_store.py"
 PATIENCE_SECONDS = 20.0
@@ -22,12 +23,8 @@ PATIENCE_SECONDS = 20.0
 
 @pytest.fixture(scope="module")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    if program() is None:
-        pytest.skip(f"etcd is not installed: {INSTALL}")
-    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
-    server.start()
-    yield server
-    server.stop()
+    with etcd_running(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nixl_async import Agent, AuthenticationError, ConfigurationError, Discovered, Peer, PeerLost
+from nixl_async import Agent, AuthenticationError, ClosedError, ConfigurationError, Discovered, Peer, PeerLost
 from nixl_async.discovery import open_store
 from nixl_async.membership import Membership
 from tests.agents import TOKEN, agent_process
@@ -39,6 +39,57 @@ async def test_a_peer_is_found_by_its_name_and_withdrawn_when_it_closes(url: str
             await a.transfer(peer.region("kv"), mine)
         await until(events, "withdrawn", "b")
         assert a.discovered == {}
+
+
+async def test_who_drains_is_found_by_nobody_new_and_stays_with_those_who_are_connected(url: str) -> None:
+    async with agent("a", url) as a, agent("b", url) as b, agent("c", url) as c, asyncio.timeout(PATIENCE_SECONDS):
+        events, events_of_c = a.membership(), c.membership()
+        region = await b.register(np.arange(64, dtype=np.uint8), name="kv")
+        host, port = await b.serve()
+        peer = await a.peer("b")
+        await until(events_of_c, "discovered", "b")
+        await b.drain()
+        await b.drain()
+        assert "draining" in repr(b)
+        await until(events, "withdrawn", "b")
+        await until(events_of_c, "withdrawn", "b")
+        async with agent("d", url) as d:
+            assert "b" not in d.discovered
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await d.peer("b")
+        with pytest.raises(PeerLost, match="cannot connect"):
+            await c.connect(f"{host}:{port}")
+        with pytest.raises(ClosedError, match="drains"):
+            await b.serve()
+        # Those who are connected go on, both ways; and it finds others still.
+        got = np.zeros(64, np.uint8)
+        mine = await a.register(got, name="mine")
+        await a.transfer(peer.region("kv"), mine, notify=b"read")
+        assert (await anext(b.notifications())).payload == b"read"
+        assert got.tolist() == list(range(64))
+        await b.transfer(region[:8], b.peers["a"].region("mine")[56:])
+        await c.serve()
+        assert (await b.peer("c")).name == "c"
+
+
+async def test_who_drains_while_its_store_is_away_is_withdrawn_by_the_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nixl_async.discovery.roster.CLOSE_SECONDS", 0.1)
+    url = f"file://{tmp_path}/agents?ttl=2"
+    async with agent("a", url) as a, agent("b", url) as b, asyncio.timeout(PATIENCE_SECONDS):
+        events = a.membership()
+        await b.serve()
+        await until(events, "discovered", "b")
+        with monkeypatch.context() as away:
+
+            async def no_answer(self: object, name: str) -> None:
+                await asyncio.get_running_loop().create_future()
+
+            away.setattr("nixl_async.discovery.file_store.FileStore.remove", no_answer)
+            await b.drain()
+        await until(events, "withdrawn", "b")
 
 
 async def test_one_connection_however_many_ask(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

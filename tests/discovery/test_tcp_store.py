@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,29 @@ async def test_a_writer_that_died_between_two_steps_holds_nobody_up(tcp: TCPServ
         assert await value_of(seen, "a") == b"1"
         async with contextlib.aclosing(ours.watch()) as others:
             assert (await anext(others)).values == {"a": b"1"}
+    await ours.aclose()
+    await theirs.aclose()
+
+
+async def test_many_such_writers_hold_nobody_up_one_after_the_other(tcp: TCPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_store, "CHECK_SECONDS", 0.1)
+    ours, theirs = store(tcp, "holes"), store(tcp, "holes")
+    checks: list[int] = []
+    check = theirs._check
+    monkeypatch.setattr(theirs, "_check", lambda client, at: (checks.append(at), check(client, at)))
+    async with asyncio.timeout(PATIENCE_SECONDS), contextlib.aclosing(theirs.watch()) as seen:
+        await anext(seen)
+
+        def take_and_write(client: Any) -> None:
+            for _ in range(40):
+                number = ours._head(client, 1)
+                client.set(ours._key(ours._head(client, 1)), f'["a", "{number}"]')
+
+        await ours._calls.run(take_and_write)
+        while await value_of(seen, "a") != b"79":
+            pass
+        # The first finds that they are late, the second fills all of them.
+        assert len(set(checks)) == 1
     await ours.aclose()
     await theirs.aclose()
 

@@ -9,7 +9,7 @@ import pytest
 from nixl_async.doctor.facts import PACKAGES, UNLIMITED, Facts
 from nixl_async.doctor.findings import judge
 from nixl_async.doctor.report import Finding, Level, Report, Route, Tried
-from nixl_async.doctor.ucx import UCX
+from nixl_async.doctor.ucx import PREFER_SYSTEM, UCX, Library
 
 SAME = ("DRAM", "DRAM, same host")
 FINE: dict[tuple[str, str], Any] = {
@@ -31,6 +31,14 @@ FINE: dict[tuple[str, str], Any] = {
 }
 CARDS = {("rdma", "mlx5_0:1"): "400 Gb/sec (4X NDR), 4: ACTIVE, InfiniBand"}
 DRIVER = {("gpu", "driver"): "570.1"}
+ANOTHER = UCX(
+    "/x/ucx_info",
+    "1.21.0",
+    "--with-verbs",
+    (("tcp", "eth0"),),
+    library=Library("1.21.0", "/x/libucp.so"),
+    others=(("/usr/bin/ucx_info", "1.13.1"),),
+)
 
 
 def report(changes: dict[tuple[str, str], Any] | None = None, **given: Any) -> Report:
@@ -119,6 +127,22 @@ CASES: list[tuple[str, dict[tuple[str, str], Any], dict[str, Any], Level, str, s
         SLOW,
         "there are RDMA cards (mlx5_0:1), and UCX 1.21.0 does not use them",
         "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true",
+    ),
+    (
+        "another ucx",
+        {},
+        {"ucx": ANOTHER},
+        Level.NOTE,
+        "UCX 1.21.0 is loaded, and there is also /usr/bin/ucx_info of 1.13.1",
+        "libucx-dev",
+    ),
+    (
+        "another ucx, preferred",
+        {("environment", PREFER_SYSTEM): "true"},
+        {"ucx": ANOTHER},
+        SLOW,
+        "UCX 1.21.0 is loaded, and there is also /usr/bin/ucx_info of 1.13.1",
+        "libucx-dev",
     ),
     ("no device for verbs", CARDS, {}, SLOW, "UCX 1.21.0 does not use them", "--device=/dev/infiniband"),
     (

@@ -87,6 +87,27 @@ async def test_pages_within_a_device(cupy: Any, monkeypatch: pytest.MonkeyPatch,
         assert_same(cupy.asnumpy(target), expected)
 
 
+async def test_a_prepared_transfer_is_sent_again_and_again(cupy: Any) -> None:
+    page, n = 5000, 4000
+    rng = np.random.default_rng(8)
+    here, there = rng.permutation(n), rng.permutation(n)
+    content = pattern(n * page)
+    source, target = upload(cupy, content), filled(cupy, n * page)
+    async with mover() as (agent, backend):
+        src, dst = await agent.register(source), await agent.register(target)
+        prepared = await agent.prepare(src.pages(here, page), dst.pages(there, page))
+        assert len(backend._kept._plans) == 1
+        for turn in range(3):
+            content = np.roll(content, 11)
+            source.set(content)
+            target[:] = turn
+            cupy.cuda.Device().synchronize()
+            await prepared.transfer()
+            expected = np.empty((n, page), np.uint8)
+            expected[there] = content.reshape(n, page)[here]
+            assert np.array_equal(cupy.asnumpy(target).reshape(n, page), expected)
+
+
 async def test_ranges_of_all_sizes(cupy: Any) -> None:
     rng = np.random.default_rng(7)
     lengths = np.concatenate([rng.integers(1, 40_000, 400), [9_000_001]])

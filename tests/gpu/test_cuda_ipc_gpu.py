@@ -126,6 +126,41 @@ async def test_pages_go_to_the_other_process_and_come_back(cupy: Any) -> None:
             assert await other.ask("digest", name=f"kv{page}") == sha(expected)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+async def test_a_prepared_transfer_is_sent_again_and_again(
+    cupy: Any, ragged: bool, ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nixl_async.backends.cuda_ipc.REACH_NBYTES", 1)
+    monkeypatch.setattr("nixl_async.cuda_kernels.REACH_NBYTES", 1)
+    monkeypatch.setattr("nixl_async.cuda_lane.Lane.order_pays", lambda lane, low, nbytes: ordered)
+    page, n = 5000, 6000
+    nbytes, rng, ipc = page * n, np.random.default_rng(5), CUDAIPCBackend()
+    ours, there = rng.permutation(n), rng.permutation(n)
+    lengths = rng.integers(1, page, n) if ragged else np.full(n, page)
+    mask = np.arange(page) < lengths[:, None]
+    async with owner() as other, mover(ipc) as agent:
+        await other.ask("register", name="kv", nbytes=nbytes)
+        peer = await agent.connect(("127.0.0.1", other.port))
+        theirs, mine = peer.region("kv"), await agent.register(target := filled(cupy, nbytes))
+        pull = await agent.prepare(theirs.ranges(there * page, lengths), mine.ranges(ours * page, lengths))
+        push = await agent.prepare(mine.ranges(ours * page, lengths), theirs.ranges(there * page, lengths))
+        assert len(ipc._kept._plans) == 2
+        content = pattern(nbytes).reshape(n, page).copy()
+        for value in (1, 2, 3):
+            target[:] = value
+            cupy.cuda.Device().synchronize()
+            await pull.transfer()
+            expected = np.full((n, page), value, np.uint8)
+            expected[ours] = np.where(mask, content[there], value)
+            assert np.array_equal(cupy.asnumpy(target).reshape(n, page), expected)
+            target[:] = 10 + value
+            cupy.cuda.Device().synchronize()
+            await push.transfer()
+            content[there] = np.where(mask, 10 + value, content[there])
+            assert await other.ask("digest", name="kv") == sha(content)
+
+
 @pytest.mark.parametrize(
     ("ragged", "ordered"),
     [(False, None), (False, True), (True, True), (True, False)],

@@ -44,3 +44,13 @@ def test_a_benchmark_moves_a_devices_memory(tmp_path: Path, target: str, route: 
     run("bench", "transfer", *places, *sizes, "--format", "json", "--output", str(found))
     result: dict[str, Any] = json.loads(found.read_text())
     assert route in json.dumps(result)
+
+
+@pytest.mark.parametrize("op", ["WRITE", "READ"])
+def test_one_process_moves_the_memory_of_several_devices(tmp_path: Path, op: str) -> None:
+    found = tmp_path / "result.json"
+    sizes = ["--start-block-size", "65536", "--max-block-size", "65536", "--start-batch-size", "4", "--num-iter", "4"]
+    places = ["--mode", "MG", "--num-initiator-dev", "2", "--num-target-dev", "2", "--op-type", op]
+    kinds = ["--initiator-seg-type", "VRAM", "--target-seg-type", "VRAM"]
+    run("bench", "transfer", *places, *kinds, *sizes, "--format", "json", "--output", str(found))
+    assert "cuda_ipc" in found.read_text()

@@ -18,7 +18,7 @@ from nixl_async.testing import FaultyBackend
 from tests.agents import TOKEN, known, two_agents
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-NBYTES = 1 << 20
+NBYTES = 4 << 20
 
 
 def scraped(*agents: Agent) -> Samples:
@@ -67,6 +67,12 @@ async def test_what_was_moved_counts_on_both_sides() -> None:
         assert get(samples, "agent_transfers_total", agent_name="a", state="done") == 3
         assert get(samples, "agent_xfer_time_us_count", agent_name="a") == 3
         assert get(samples, "agent_xfer_time_us_bucket", agent_name="a", le="+Inf") == 3
+        # NIXL's time of the post: until a transfer's turn, and all of what was copied at once.
+        assert get(samples, "agent_xfer_post_time_us_count", agent_name="a") == 3
+        assert get(samples, "agent_xfer_post_time_us_count", agent_name="a", class_="bulk") == 1
+        posted = get(samples, "agent_xfer_post_time_total", agent_name="a")
+        assert 0 < posted == pytest.approx(get(samples, "agent_xfer_post_time_us_sum", agent_name="a"))
+        assert posted < get(samples, "agent_xfer_time_total", agent_name="a")
         assert get(samples, "agent_queue_time_us_count", agent_name="a") >= 2
         assert get(samples, "agent_notifications_sent_total", agent_name="a") == 1
         assert get(samples, "agent_notifications_received_total", agent_name="b") == 1

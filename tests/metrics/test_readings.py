@@ -13,8 +13,8 @@ from tests.agents import known, two_agents
 
 async def test_every_sample_is_of_a_metric_and_has_its_labels() -> None:
     async with two_agents(backends=["tcp"]) as (a, b, peer):
-        mine = await a.register(np.ones(1 << 20, np.uint8), name="mine")
-        await b.register(np.zeros(1 << 20, np.uint8), name="theirs")
+        mine = await a.register(np.ones(4 << 20, np.uint8), name="mine")
+        await b.register(np.zeros(4 << 20, np.uint8), name="theirs")
         await known(a, peer, "theirs")
         timings = Timings(a)
         timings.start()

@@ -81,11 +81,11 @@ async def test_blocks_are_copied_however_they_are_cut(bench: Bench) -> None:
     to_eighths = Blocks.of(bench.target.pages(np.arange(8 * N), BLOCK // 8), N, BLOCK)
     for source, target in ((whole, to_whole), (whole, to_pieces), (pieces, to_whole), (pieces, to_pieces)):
         bench.blank[:] = 0
-        await context.copy(source, target)
+        await context.copy(source, target, put=True)
         assert bench.right()
     assert bench.agent.statistics().nbytes.get("memory", 0) == before
     bench.blank[:] = 0
-    await context.copy(pieces, to_eighths)
+    await context.copy(pieces, to_eighths, put=True)
     assert bench.right()
     assert bench.agent.statistics().nbytes["memory"] == before + N * BLOCK, "what is cut in different ways is the agent's"
     context.close()
@@ -95,11 +95,11 @@ async def test_a_copy_is_refused_as_the_agent_would(bench: Bench) -> None:
     context = Context(bench.agent, BLOCK)
     fixed = await bench.agent.register(bytes(N * BLOCK))
     with pytest.raises(DescriptorError, match="read-only"):
-        await context.copy(Blocks.of(bench.src(), N, BLOCK), Blocks.of(fixed[:], N, BLOCK))
+        await context.copy(Blocks.of(bench.src(), N, BLOCK), Blocks.of(fixed[:], N, BLOCK), put=False)
     source = Blocks.of(fixed[:], N, BLOCK)
     await fixed.aclose()
     with pytest.raises(ClosedError, match="deregistered"):
-        await context.copy(source, Blocks.of(bench.dst(), N, BLOCK))
+        await context.copy(source, Blocks.of(bench.dst(), N, BLOCK), put=False)
     context.close()
 
 

@@ -26,8 +26,7 @@ async def tier(bench: Bench) -> AsyncIterator[MemoryTier]:
 
 async def _fill(tier: MemoryTier, *keys: bytes) -> list[int]:
     slots = await tier.take(len(keys))
-    tier.fill(keys, slots)
-    return slots
+    return tier.fill(keys, slots)
 
 
 async def test_the_least_recently_used_goes_first(tier: MemoryTier) -> None:
@@ -52,6 +51,31 @@ async def test_what_is_pinned_stays_and_others_wait_for_it(tier: MemoryTier) -> 
     assert await waiting == slots[:1]
     assert b"a" not in tier.known
     assert tier.take_now(3) == []
+
+
+async def test_what_another_call_brought_meanwhile_stays_where_it_is(
+    tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await _fill(tier, b"a")
+    taken = await tier.take(2)
+    # It may be on its way down: if it were forgotten there, and evicted here, no tier would know of it meanwhile.
+    assert tier.fill([b"a", b"b"], taken) == [first[0], taken[1]]
+    tier.unpin([*first, taken[1]])
+    assert len(tier.take_now(4)) == 3, "it is pinned twice"
+    assert b"a" in tier.known
+    tier.unpin(first)
+    assert len(tier.take_now(1)) == 1
+
+
+async def test_what_has_outlived_its_time_gives_way_to_what_is_younger(
+    tier: MemoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,) = await _fill(tier, b"a")
+    later = module.time.time() + 1000
+    monkeypatch.setattr(module.time, "time", lambda: later)
+    taken = await tier.take(1)
+    assert tier.fill([b"a"], taken) == taken != [old]
+    assert b"a" in tier.known
 
 
 async def test_waiting_can_be_given_up(tier: MemoryTier) -> None:

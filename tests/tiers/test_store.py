@@ -127,6 +127,33 @@ async def test_a_peers_memory(tmp_path: Path, kind: str) -> None:
     assert (theirs == mine).all()
 
 
+@pytest.mark.parametrize("kind", ["direct", "objects", "dram+objects"])
+async def test_the_scheduler_sees_the_class_of_puts_and_of_gets(bench: Bench, tmp_path: Path, kind: str) -> None:
+    tiers = {
+        "direct": lambda: [Files(tmp_path / "files", 2 * N * BLOCK, direct=True, segment_nbytes=16 * BLOCK)],
+        "objects": lambda: [Objects(f"file://{tmp_path}/objects")],
+        "dram+objects": lambda: [DRAM(N * BLOCK), Objects(f"file://{tmp_path}/objects")],
+    }[kind]
+
+    def done() -> dict[str, bool]:
+        return {name: count.done > 0 for name, count in bench.agent.statistics().classes.items()}
+
+    async with Tiers(bench.agent, tiers(), block_nbytes=BLOCK, traffic_class="latency", put_class="bulk") as store:
+        assert all(await store.put(bench.keys, bench.src()))
+        assert not await store.flush()
+        assert done() == {"latency": False, "normal": False, "bulk": True}
+    async with Tiers(bench.agent, tiers(), block_nbytes=BLOCK, traffic_class="latency") as store:
+        assert all(await store.get(bench.keys, bench.dst()))
+    assert bench.right()
+    assert done() == {"latency": True, "normal": False, "bulk": True}
+    async with Tiers(bench.agent, tiers(), block_nbytes=BLOCK) as store:
+        assert all(await store.get(bench.keys, bench.dst()))
+    assert done()["normal"]
+    for name in ("traffic_class", "put_class"):
+        with pytest.raises(ConfigurationError, match=f"{name} is 'urgent'"):
+            Tiers(bench.agent, tiers(), block_nbytes=BLOCK, **{name: "urgent"})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at", [0, 2, 5, 9])
 async def test_cancelled_the_memory_is_quiet_and_the_store_goes_on(bench: Bench, tmp_path: Path, kind: str, at: int) -> None:

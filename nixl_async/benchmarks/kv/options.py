@@ -22,7 +22,7 @@ T = TypeVar("T")
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
-class PlanFormat(enum.Enum):
+class PlanFormat(enum.StrEnum):
     """How a plan is printed."""
 
     TEXT = "text"
@@ -30,21 +30,21 @@ class PlanFormat(enum.Enum):
     CSV = "csv"
 
 
-class Format(enum.Enum):
+class Format(enum.StrEnum):
     """How a measurement is printed."""
 
     TEXT = "text"
     JSON = "json"
 
 
-class Access(enum.Enum):
+class Access(enum.StrEnum):
     """How pages are moved."""
 
     BLOCK = "block"
     LAYER = "layer"
 
 
-class Operation(enum.Enum):
+class Operation(enum.StrEnum):
     """Which side starts a transfer."""
 
     WRITE = "write"
@@ -52,7 +52,7 @@ class Operation(enum.Enum):
     BOTH = "both"
 
 
-class Mode(enum.Enum):
+class Mode(enum.StrEnum):
     """What is part of the time."""
 
     PREPARED = "prepared"
@@ -60,7 +60,7 @@ class Mode(enum.Enum):
     BOTH = "both"
 
 
-class MemoryKind(enum.Enum):
+class MemoryKind(enum.StrEnum):
     """Where buffers are."""
 
     DRAM = "dram"

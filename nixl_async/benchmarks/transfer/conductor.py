@@ -30,6 +30,8 @@ from nixl_async.benchmarks.transfer.peers.plain import SERIES, Flow, Point, need
 
 OURS = "nixl_async"
 RAW = "raw"
+SPARE = 0.2
+"""The share of a turn of some seconds that may be left over."""
 Seconds = NDArray[np.float64]
 
 
@@ -56,10 +58,10 @@ class Round:
 
 @dataclass
 class Step:
-    """One step of the sweep, finished: rounds by contender, and what the raw limit is."""
+    """One step of the sweep: rounds by contender, and what the raw limit is."""
 
     point: Point
-    rounds: dict[str, list[Round]]
+    rounds: dict[str, list[Round]] = field(default_factory=dict)
     raw: list[Round] = field(default_factory=list)
     raw_label: str = ""
     route: str = ""
@@ -88,15 +90,14 @@ class Field:
         """Start the processes, and connect initiators with their targets."""
         await together((), [one.start(server) for one in self.processes])
         peers: dict[str, Any] = {}
-        largest = list(options.points())[-1]
-        largest = Point(options.max_block_size, options.max_batch_size, largest.slots)
+        largest = max(options.points(), key=lambda point: point.block * point.batch)
 
         async def open_one(one: Process) -> None:
             role, index = one.role, one.index
             nbytes = need(largest, list(self._flows), role, index)
             if not options.storage:
-                devices = options.num_initiator_dev if role == "initiator" else options.num_target_dev
-                nbytes = max(nbytes, options.total_buffer_size // devices)
+                sharing = options.n_initiators if role == "initiator" else options.n_targets
+                nbytes = max(nbytes, options.total_buffer_size // sharing)
             place = {"role": role, "index": index, "host": options.address}
             peers[f"{role} {index}"] = await one.call("open", **place, nbytes=nbytes, options=settings)
 
@@ -123,8 +124,22 @@ class Field:
         """Give all processes one command."""
         return await together(self.processes, [one.call(do, **arguments) for one in self.processes])
 
-    async def run(self, iterations: int, *, notified: bool, watcher: Watcher) -> Round:
-        """Have every initiator make `iterations` requests; return what all of them took together."""
+    async def run(self, iterations: int, *, notified: bool, watcher: Watcher, seconds: float = 0.0) -> Round:
+        """Have every initiator make `iterations` requests; return what all of them took together.
+
+        With `seconds` they go on until about as many have passed, in runs that double: who suddenly takes a thousand times as long
+        for a request is found out by a short one.
+        """
+        first = iterations
+        taken = [await self._once(first, notified=notified, watcher=watcher)]
+        while (left := seconds - sum(one.seconds for one in taken)) > seconds * SPARE:
+            each = taken[-1].seconds / iterations
+            # Multiples of the first: slots share them.
+            iterations = first * max(1, min(2 * iterations, round(left / each)) // first)
+            taken.append(await self._once(iterations, notified=notified, watcher=watcher))
+        return _round(taken)
+
+    async def _once(self, iterations: int, *, notified: bool, watcher: Watcher) -> Run:
         moved: dict[int, int] = {}
 
         def hear(rank: int, nbytes: int) -> None:
@@ -142,20 +157,35 @@ class Field:
             await together(self.processes, [one.call("run", iterations=iterations) for one in self.initiators] + attending)
         )[: len(self.initiators)]
         left = await together(self.processes, [one.call("left") for one in self.targets])
-        return _round(answers, left)
+        return Run(answers, left)
 
 
-def _round(answers: list[dict[str, Any]], left: list[dict[str, Any]]) -> Round:
+@dataclass(frozen=True)
+class Run:
+    """What the initiators and the targets have said of some requests."""
+
+    answers: list[dict[str, Any]]
+    left: list[dict[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        """How long the slowest initiator took."""
+        return max(float(one["seconds"]) for one in self.answers)
+
+
+def _round(taken: list[Run]) -> Round:
+    answers, left = ([one for run in taken for one in getattr(run, name)] for name in ("answers", "left"))
     nbytes = sum(one["nbytes"] for one in answers)
-    seconds = max(one["seconds"] for one in answers)
     series = {name: np.concatenate([_decoded(one[name]) for one in answers]) for name in SERIES}
     stalls = [one["stall"] for one in (*answers, *left) if one.get("stall") is not None]
-    each = float(np.mean([one["nbytes"] / one["seconds"] for one in answers])) / 1e9
+    initiators = [[run.answers[n] for run in taken] for n in range(len(taken[0].answers))]
+    seconds = [sum(one["seconds"] for one in own) for own in initiators]
+    speeds = [sum(one["nbytes"] for one in own) / spent for own, spent in zip(initiators, seconds, strict=True)]
     return Round(
-        throughput=nbytes / seconds / 1e9,
-        each=each,
-        seconds=float(np.mean([one["seconds"] for one in answers])),
-        requests=len(series["latency"]) // len(answers),
+        throughput=nbytes / sum(run.seconds for run in taken) / 1e9,
+        each=float(np.mean(speeds)) / 1e9,
+        seconds=float(np.mean(seconds)),
+        requests=len(series["latency"]) // len(initiators),
         **series,
         cpu_per_gb=sum(one["cpu"] for one in (*answers, *left)) / (nbytes / 1e9),
         stall=max(stalls) if stalls else None,
@@ -252,15 +282,21 @@ class Conductor:
             BenchmarkFailed: a process of ours has ended or failed, or bytes are wrong. Others' are left out from there on.
         """
         for point in self._options.points():
-            yield await self._step(point)
+            iterations, warm_up = self._options.iterations(point.block)
+            step = self.under_way = Step(point)
+            await self.begin(step, warm_up)
+            for number in range(self._options.rounds):
+                await self.round(step, iterations, f"round {number + 1} of {self._options.rounds}")
+            step.rounds = {label: rounds for label, rounds in step.rounds.items() if label in self._fields}
+            self.under_way = None
+            yield step
 
-    async def _step(self, point: Point) -> Step:
-        options, watcher = self._options, self._watcher
-        iterations, warm_up = options.iterations(point.block)
-        step = self.under_way = Step(point, {}, checked=options.check_consistency)
-        what = f"{point.block} B x {point.batch}"
+    async def begin(self, step: Step, warm_up: int) -> None:
+        """Have every contender fill its memory for a step, make what it sends, and send it `warm_up` times."""
+        options, watcher, point = self._options, self._watcher, step.point
+        step.checked = options.check_consistency
         for label, one in list(self._fields.items()):
-            watcher.doing(f"{what}: {label}, warming up")
+            watcher.doing(f"{_what(point)}: {label}, warming up")
             async with self._tolerating(label), one.turn():
                 if label == RAW:
                     step.raw_label = _limit(options, step.route)
@@ -270,22 +306,24 @@ class Conductor:
                 measured = await one.run(warm_up or options.slots, notified=options.notify, watcher=watcher)
                 if label == OURS:
                     step.route = measured.route
-        for number in range(options.rounds):
-            for label, one in list(self._fields.items()):
-                watcher.doing(f"{what}: {label}, round {number + 1} of {options.rounds}")
-                async with self._tolerating(label), one.turn():
-                    measured = await self._checked(one, iterations)
-                    (step.raw if label == RAW else step.rounds.setdefault(label, [])).append(measured)
-        step.rounds = {label: rounds for label, rounds in step.rounds.items() if label in self._fields}
-        self.under_way = None
-        return step
 
-    async def _checked(self, one: Field, iterations: int) -> Round:
+    async def round(self, step: Step, iterations: int, which: str, seconds: float = 0.0) -> None:
+        """Let every contender take its turn once: `iterations` requests, or with `seconds` as long a turn that begins with as many.
+
+        The step is the one that was begun last, and the round is added to it. `which` names the round for the watcher.
+        """
+        for label, one in list(self._fields.items()):
+            self._watcher.doing(f"{_what(step.point)}: {label}, {which}")
+            async with self._tolerating(label), one.turn():
+                measured = await self._checked(one, iterations, seconds)
+                (step.raw if label == RAW else step.rounds.setdefault(label, [])).append(measured)
+
+    async def _checked(self, one: Field, iterations: int, seconds: float) -> Round:
         check = self._options.check_consistency
         if check:
             self._round_number += 1
             await one.everyone("blank", value=self._round_number * 37 % 251)
-        measured = await one.run(iterations, notified=self._options.notify, watcher=self._watcher)
+        measured = await one.run(iterations, notified=self._options.notify, watcher=self._watcher, seconds=seconds)
         if check:
             counted = await one.everyone("check")
             wrong, total = sum(bad for bad, _ in counted), sum(n for _, n in counted)
@@ -309,6 +347,10 @@ class Conductor:
 
 class WrongBytes(BenchmarkFailed):
     """Report a contender that claims success while the destination does not hold what it should."""
+
+
+def _what(point: Point) -> str:
+    return f"{point.block} B x {point.batch}"
 
 
 def _limit(options: Options, route: str) -> str:

@@ -30,6 +30,13 @@ class Scheme(Word):
     TP = "tp"
 
 
+class Mode(Word):
+    """How devices are shared out among processes."""
+
+    SG = "SG"
+    MG = "MG"
+
+
 class Op(Word):
     """The direction, as the initiator sees it."""
 
@@ -91,6 +98,7 @@ class Options:
     """A run. Sizes are bytes; what is 0 or empty is chosen by the run."""
 
     scheme: Scheme = Scheme.PAIRWISE
+    mode: Mode = Mode.SG
     op_type: Op = Op.WRITE
     initiator_seg_type: Segment = Segment.DRAM
     target_seg_type: Segment = Segment.DRAM
@@ -103,6 +111,8 @@ class Options:
     max_block_size: int = 64 << 20
     start_batch_size: int = 1
     max_batch_size: int = 1
+    size_factor: int = 2
+    max_request_size: int = AUTOMATIC
     num_iter: int = 1000
     warmup_iter: int = 100
     large_blk_iter_ftr: int = 16
@@ -156,14 +166,19 @@ class Options:
         return self.target_seg_type in STORAGE
 
     @property
+    def n_initiators(self) -> int:
+        """How many processes are initiators."""
+        return 1 if self.mode is Mode.MG else self.num_initiator_dev
+
+    @property
     def n_targets(self) -> int:
         """How many processes are targets."""
-        return 0 if self.storage else self.num_target_dev
+        return 0 if self.storage else 1 if self.mode is Mode.MG else self.num_target_dev
 
     @property
     def world(self) -> int:
         """How many processes move bytes; initiators come first."""
-        return self.num_initiator_dev + self.n_targets
+        return self.n_initiators + self.n_targets
 
     @property
     def slots(self) -> int:
@@ -172,18 +187,25 @@ class Options:
 
     def role(self, rank: int) -> tuple[str, int]:
         """Return what a rank is, and its number among those."""
-        if rank < self.num_initiator_dev:
+        if rank < self.n_initiators:
             return "initiator", rank
-        return "target", rank - self.num_initiator_dev
+        return "target", rank - self.n_initiators
 
     def points(self) -> Iterator[Point]:
-        """Yield the steps of the sweep: blocks double, and for each of them batches do."""
+        """Yield the steps of the sweep: blocks grow by `size_factor`, and for each of them batches do, up to `max_request_size`."""
         salt = 1
-        for block in _doubled(self.start_block_size, self.max_block_size):
-            for batch in _doubled(self.start_batch_size, self.max_batch_size):
+        for block in self._rising(self.start_block_size, self.max_block_size):
+            for batch in self._rising(self.start_batch_size, self.max_batch_size):
+                if self.max_request_size and block * batch > self.max_request_size:
+                    break
                 location, seed = self.randomize_location_mode.value, self.randomize_location_mode_seed
                 yield Point(block, batch, self.slots, self.op_type.value, salt, location, seed)
                 salt += 1
+
+    def _rising(self, start: int, most: int) -> Iterator[int]:
+        while start <= most:
+            yield start
+            start *= self.size_factor
 
     def iterations(self, block: int) -> tuple[int, int]:
         """Return how many requests each initiator makes in a round, and how many to warm up; multiples of the slots."""
@@ -205,8 +227,19 @@ def flows(options: Options) -> list[Flow]:
 
     pairwise: initiator i and target i. manytoone: all initiators and target 0. onetomany: initiator 0 and each target, from
     memory of its own for each. tp: as tensor parallel ranks share heads: the smaller side's blocks are cut among those of the
-    larger side that hold the same heads.
+    larger side that hold the same heads. With mode MG one process has all devices of a side, each with memory of its own.
     """
+    found = _between_devices(options)
+    if options.mode is Mode.SG or options.storage:
+        return found
+    lanes, inbounds = (max(getattr(one, name) for one in found) + 1 for name in ("lane", "inbound"))
+    return [
+        Flow(0, 0, one.initiator * lanes + one.lane, one.target * inbounds + one.inbound, one.piece, one.pieces, one.lanes)
+        for one in found
+    ]
+
+
+def _between_devices(options: Options) -> list[Flow]:
     n, m = options.num_initiator_dev, options.num_target_dev
     if options.storage:
         return [Flow(i, -1) for i in range(n)]
@@ -262,7 +295,8 @@ def check(options: Options, chosen: frozenset[str] = frozenset()) -> Options:
     options = _backend(options, chosen)
     for name in _POSITIVE:
         _at_least(options, name, 1)
-    for name in ("warmup_iter", "total_buffer_size", "randomize_location_mode_seed", "world_size"):
+    _at_least(options, "size_factor", 2)
+    for name in ("warmup_iter", "total_buffer_size", "max_request_size", "randomize_location_mode_seed", "world_size"):
         _at_least(options, name, 0)
     for start, most in (("start_block_size", "max_block_size"), ("start_batch_size", "max_batch_size")):
         if getattr(options, start) > getattr(options, most):
@@ -331,6 +365,11 @@ def _check_modes(options: Options) -> None:
             f"--reregister-mem gives up the memory after each request; {options.slots} at once (--num-threads x"
             " --pipeline-depth) would lose it: give 1 and 1"
         )
+    if options.mode is Mode.MG and options.storage and options.num_initiator_dev > 1:
+        raise ConfigurationError(
+            f"--mode MG has one process, and {options.target_seg_type.value} is moved to and from by one process for each of"
+            f" --num-initiator-dev {options.num_initiator_dev}; use --mode SG"
+        )
     if options.notify and options.storage:
         raise ConfigurationError(f"--notify tells a target, and {options.target_seg_type.value} has none; leave it out")
 
@@ -360,10 +399,13 @@ def _check_storage(options: Options) -> None:
 
 
 def _check_sizes(options: Options) -> None:
+    first = options.start_block_size * options.start_batch_size
+    if options.max_request_size and first > options.max_request_size:
+        raise refusal(options, "max_request_size", f"at least the first request's bytes, {first}")
     total = options.total_buffer_size
     if not total:
         return
-    least = options.max_block_size * options.max_batch_size * options.slots
+    least = max(point.block * point.batch for point in options.points()) * options.slots
     for name in ("num_initiator_dev", *(() if options.storage else ("num_target_dev",))):
         devices = getattr(options, name)
         if least > total // devices:
@@ -433,12 +475,6 @@ def store_options(options: Options) -> dict[str, Any]:
 def _at_least(options: Options, name: str, least: int) -> None:
     if getattr(options, name) < least:
         raise refusal(options, name, f"at least {least}")
-
-
-def _doubled(start: int, most: int) -> Iterator[int]:
-    while start <= most:
-        yield start
-        start *= 2
 
 
 def _up(value: int, multiple: int) -> int:

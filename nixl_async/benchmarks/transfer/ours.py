@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ from nixl_async.benchmarks.transfer import control
 from nixl_async.benchmarks.transfer.peers.plain import (
     PROGRESS_SECONDS,
     SECRET_VARIABLE,
+    Array,
     Flow,
     Measured,
     Mover,
     die_with_parent,
+    need,
 )
 from nixl_async.demo.stall import TimedSelector, p999_seconds
 from nixl_async.errors import MissingDependency
@@ -37,30 +39,26 @@ REGION = "bench"
 ARRIVED = b"arrived"
 
 
-class Posted:
-    """Awaits a coroutine, and notes when it first gave way to the loop, or ended: until then the call has kept the caller."""
+class Rest:
+    """Awaits what is left of a coroutine that has given way to the loop, to wait for `pending`."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self.at = 0.0
+    def __init__(self, call: Coroutine[Any, Any, TransferResult], pending: Any) -> None:
+        self._call, self._pending = call, pending
 
-    def __await__(self) -> Generator[Any, Any, Any]:
-        steps = self._call.__await__()
-        step: Any = steps.__next__
-        arguments: tuple[Any, ...] = ()
+    def __await__(self) -> Generator[Any, Any, TransferResult]:
+        pending, call = self._pending, self._call
         while True:
+            step: Callable[[Any], Any] = call.send
+            argument: Any = None
             try:
-                pending = step(*arguments)
-            except StopIteration as end:
-                return end.value
-            finally:
-                if not self.at:
-                    self.at = time.perf_counter()
-            try:
-                arguments = ((yield pending),)
-                step = steps.send
+                argument = yield pending
             except BaseException as error:
-                step, arguments = steps.throw, (error,)
+                step, argument = call.throw, error
+            try:
+                pending = step(argument)
+            except StopIteration as end:
+                result: TransferResult = end.value
+                return result
 
 
 class Request:
@@ -71,6 +69,7 @@ class Request:
         self._sides: list[tuple[Places, Places]] = []
         self._prepared: list[PreparedTransfer] = []
         self.route = ""
+        """By which its last transfer went."""
 
     def describe(self) -> None:
         """Make the descriptors."""
@@ -81,20 +80,13 @@ class Request:
         agent, backend = self._worker.agent, self._worker.backend
         self._prepared = [await agent.prepare(*sides, backend=backend) for sides in self._sides]
 
-    async def send(self, notify: bytes | None) -> Posted:
-        """Send it once; return when every byte is in place."""
-        if len(self._prepared) == 1:
-            posted = Posted(self._prepared[0].transfer(notify=notify))
-            self.route = (await posted).route
-            return posted
-        posted = Posted(self._send_all(notify))
-        await posted
-        return posted
+    def sender(self) -> Callable[..., Coroutine[Any, Any, TransferResult]]:
+        """Return what sends it once, and returns when every byte is in place."""
+        return self._prepared[0].transfer if len(self._prepared) == 1 else self._send_all
 
-    async def _send_all(self, notify: bytes | None) -> None:
-        transfers = [prepared.submit(notify=notify) for prepared in self._prepared]
-        results: list[TransferResult] = [await transfer for transfer in transfers]
-        self.route = results[0].route
+    async def _send_all(self, *, notify: bytes | None) -> TransferResult:
+        results = await asyncio.gather(*(prepared.transfer(notify=notify) for prepared in self._prepared))
+        return results[0]
 
 
 class Ours(Mover):
@@ -103,13 +95,13 @@ class Ours(Mover):
     def __init__(self, selector: TimedSelector, tell: Any) -> None:
         self.selector, self._tell = selector, tell
         self.moved = 0
-        self.region: MemoryRegion | None = None
+        self.regions: list[MemoryRegion] = []
 
     async def opened(self) -> dict[str, Any]:
         """Open the agent, register the memory, and listen."""
         self.backend: str | None = self.options["backend"] or None
         backends = None if self.backend is None else [self.backend]
-        self.device: Any = self._on_device() if self.options[f"{self.role}_seg_type"] == "VRAM" else None
+        self.devices: list[Any] = self._on_devices() if self.options[f"{self.role}_seg_type"] == "VRAM" else []
         self.agent = await Agent(f"{self.role}-{self.index}", token=self.options["token"], backends=backends).__aenter__()
         await self._register()
         if self.role != "target":
@@ -118,16 +110,26 @@ class Ours(Mover):
         return {"host": host, "port": port}
 
     async def _register(self) -> None:
-        self.region = await self.agent.register(self.buffer if self.device is None else self.device, name=REGION)
+        memories = self.devices or [self.buffer]
+        self.regions = [await self.agent.register(one, name=f"{REGION} {n}") for n, one in enumerate(memories)]
 
-    def _on_device(self) -> Any:
-        """Take as much memory of a device; the host's is what it is filled from and checked in."""
+    def _on_devices(self) -> list[Any]:
+        """Take as much memory of devices; the host's is what it is filled from and checked in."""
         try:
             cupy: Any = import_module("cupy")
         except ImportError as error:
             raise MissingDependency(f"VRAM needs cupy: pip install 'nixl-async[cu12]' ({error})") from error
-        cupy.cuda.Device(self.index % cupy.cuda.runtime.getDeviceCount()).use()
-        return cupy.zeros(len(self.buffer), cupy.uint8)
+        n, there = self._n_memories(self.role), cupy.cuda.runtime.getDeviceCount()
+        found = []
+        for number in range(n):
+            with cupy.cuda.Device((self.index + number) % there):
+                found.append(cupy.zeros(len(self.buffer) // n, cupy.uint8))
+        return found
+
+    def _n_memories(self, role: str) -> int:
+        """Return how many equal parts the memory of a process is in: one process may have several devices."""
+        apart = self.options["mode"] == "MG" and self.options[f"{role}_seg_type"] == "VRAM"
+        return int(self.options[f"num_{role}_dev"]) if apart else 1
 
     def fill(self) -> None:
         """Write the source's bytes."""
@@ -142,14 +144,23 @@ class Ours(Mover):
 
     def check(self) -> Any:
         """Return how many blocks of the destination are wrong, and how many there are."""
-        if self.device is not None and not self.is_source:
-            self.buffer[: self.used] = self.device[: self.used].get()
+        if not self.is_source:
+            for part, device in self._parts():
+                with device.device:
+                    part[:] = device[: len(part)].get()
         return super().check()
 
     def _upload(self) -> None:
-        if self.device is not None:
-            self.device[: self.used].set(self.buffer[: self.used])
-            self.device.device.synchronize()
+        for part, device in self._parts():
+            with device.device:
+                device[: len(part)].set(part)
+                device.device.synchronize()
+
+    def _parts(self) -> Iterator[tuple[Array, Any]]:
+        """Yield what lies on each device, as it is here and there."""
+        span = self.used // max(1, len(self.devices))
+        for number, device in enumerate(self.devices):
+            yield self.buffer[number * span : (number + 1) * span], device
 
     async def met(self, peers: dict[str, Any]) -> None:
         """Dial the targets; wait for the initiators."""
@@ -163,15 +174,17 @@ class Ours(Mover):
 
     def sides(self, flow: Flow, slot: int) -> tuple[Places, Places]:
         """Describe a slot's blocks of a flow: source and destination."""
-        point = self.point
-        assert self.region is not None
-        near = self.region.ranges(point.near(flow, slot), point.nbytes(flow))
-        far = self.far(flow, slot)
+        point, nbytes = self.point, self.point.nbytes(flow)
+        number, offsets = _part(point.near(flow, slot), self.used, len(self.regions))
+        near, far = self.regions[number].ranges(offsets, nbytes), self.far(flow, slot)
         return (near, far) if point.op == "WRITE" else (far, near)
 
     def far(self, flow: Flow, slot: int) -> Descriptor:
         """Describe a slot's blocks at the target."""
-        return self.peers[flow.target].region(REGION).ranges(self.point.far(flow, slot), self.point.nbytes(flow))
+        # Where that has several devices, this is the one process that moves to and from it.
+        used = need(self.point, self.flows, "target", flow.target)
+        number, offsets = _part(self.point.far(flow, slot), used, self._n_memories("target"))
+        return self.peers[flow.target].region(f"{REGION} {number}").ranges(offsets, self.point.nbytes(flow))
 
     async def prepared(self) -> None:
         """Make the slots' requests."""
@@ -208,26 +221,38 @@ class Ours(Mover):
         notify = ARRIVED if self.options["notify"] else None
         nbytes = sum(self.point.nbytes(flow) for flow in self.flows) * self.point.batch
         told = time.monotonic()
+        clock, send = time.perf_counter, request.sender()
         for _ in range(count):
-            begun = time.perf_counter()
+            begun = clock()
             if recreate or reregister:
                 if reregister:
                     await self._register_again()
                 if describe:
                     request.describe()
                 await request.prepare()
-            called = time.perf_counter()
-            posted = await request.send(notify)
-            ended = time.perf_counter()
-            measured.add(called - begun, posted.at - called, ended - called)
+                send = request.sender()
+            called = clock()
+            call = send(notify=notify)
+            # As an await would, but noting when the call gives way to the loop: until then it has kept the caller.
+            try:
+                pending = call.send(None)
+            except StopIteration as end:
+                ended = posted = clock()
+                result: TransferResult = end.value
+            else:
+                posted = clock()
+                result = await Rest(call, pending)
+                ended = clock()
+            measured.add(called - begun, posted - called, ended - called)
             self.moved += nbytes
             if (now := time.monotonic()) - told > PROGRESS_SECONDS:
                 told = now
                 await self._tell(self.moved)
+            request.route = result.route
 
     async def _register_again(self) -> None:
-        assert self.region is not None
-        await self.region.aclose()
+        for region in self.regions:
+            await region.aclose()
         await self._register()
 
     async def attend(self, count: int) -> None:
@@ -244,8 +269,15 @@ class Ours(Mover):
 
     async def close(self) -> None:
         """Leave in order."""
-        if self.region is not None:
+        if self.regions:
             await self.agent.aclose()
+
+
+def _part(offsets: Array, used: int, n: int) -> tuple[int, Array]:
+    """Return in which of `n` equal parts of `used` bytes the offsets lie, and where in it."""
+    span = used // n
+    number = int(offsets[0]) // span
+    return number, offsets - number * span
 
 
 async def _answer(worker: Ours, channel: control.Channel) -> None:

@@ -24,7 +24,7 @@ class OursInFiles(Stored, Ours):
         nbytes = len(self.buffer)
         self.files = await asyncio.to_thread(Files, self.options, "ours", self.index, nbytes)
         direct = self.files.direct or None
-        self.regions: list[FileRegion] = [await self.agent.file(path, "r+", direct=direct) for path in self.files.paths]
+        self.opened_files: list[FileRegion] = [await self.agent.file(path, "r+", direct=direct) for path in self.files.paths]
         return found
 
     async def met(self, peers: dict[str, Any]) -> None:
@@ -39,14 +39,13 @@ class OursInFiles(Stored, Ours):
 
     def sides(self, flow: Flow, slot: int) -> tuple[Places, Places]:
         """Describe a slot's blocks, file after file: source and destination."""
-        point, region = self.point, self.region
-        assert region is not None
+        point, region = self.point, self.regions[0]
         files, offsets = self.files.locate(self.numbers(slot), point.block)
         near, far = [], []
         for number in np.unique(files).tolist():
             chosen = files == number
             near.append(region.ranges(point.near(flow, slot)[chosen], point.block))
-            far.append(self.regions[number].ranges(offsets[chosen], point.block))
+            far.append(self.opened_files[number].ranges(offsets[chosen], point.block))
         return (near, far) if point.op == "WRITE" else (far, near)
 
     async def check(self) -> Any:
@@ -58,7 +57,7 @@ class OursInFiles(Stored, Ours):
 
     async def close(self) -> None:
         """Leave in order."""
-        for region in getattr(self, "regions", ()):
+        for region in getattr(self, "opened_files", ()):
             await region.aclose()
         await Ours.close(self)
 

@@ -49,8 +49,7 @@ class OursInObjects(Stored, Ours):
     def sides(self, flow: Flow, slot: int) -> tuple[Places, Places]:
         """Describe a slot's blocks and their objects: source and destination."""
         point = self.point
-        assert self.region is not None
-        near = self.region.ranges(point.near(flow, slot), point.block)
+        near = self.regions[0].ranges(point.near(flow, slot), point.block)
         far = self.store.objects(self._keys(self.numbers(slot)), point.block)
         return (near, far) if point.op == "WRITE" else (far, near)
 

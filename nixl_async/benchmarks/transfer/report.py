@@ -110,7 +110,7 @@ def print_table(options: Options, steps: Sequence[Step], absent: Mapping[str, st
     """Print all steps as a table, and who is `absent` and why."""
     rows = [row for step in steps for row in figures(options, step)]
     names = [name for name in COLUMNS if any(row.get(name) not in (None, "") for row in rows)]
-    if options.num_initiator_dev == 1 and "aggregate_gb_per_second" in names:
+    if options.n_initiators == 1 and "aggregate_gb_per_second" in names:
         names.remove("aggregate_gb_per_second")
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", title=_title(options, steps), title_justify="left")
     for name in names:
@@ -183,6 +183,7 @@ def result_rows(options: Options, step: Step) -> list[Row]:
 _OBJECT = ("OBJ", "OBJECT")
 _PARAMETERS = frozenset(
     {
+        "mode",
         "num_initiator_dev",
         "num_target_dev",
         "num_threads",

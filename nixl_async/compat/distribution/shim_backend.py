@@ -74,6 +74,9 @@ def _metadata(project: dict[str, Any]) -> bytes:
         f"License-Expression: {project['license']}",
         f"Requires-Python: {project['requires-python']}",
         *(f"Requires-Dist: {one}" for one in project["dependencies"]),
+        "Description-Content-Type: text/plain",
+        "",
+        "Programs that import nixl run on nixl_async, unchanged. Installed beside NIXL's own wheels it overwrites their files.",
     ]
     return ("\n".join(lines) + "\n").encode()
 

@@ -315,7 +315,7 @@ class PrefillSide:
     async def _begin(self, moving: asyncio.TaskGroup, places: list[Places], after: Any, layer: int) -> None:
         agent = self.manager.agent
         for src, dst in by_memory(places):
-            moving.create_task(_transfer(agent, await agent.prepare(src, dst), after, layer))
+            moving.create_task(_transfer(agent, await agent.prepare(src, dst, once=True), after, layer))
 
     def _moved(self, room: int, sending: _Sending, task: asyncio.Task[None]) -> None:
         """Count a chunk that is quiet; conclude its room if it was the last one."""
