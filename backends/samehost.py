@@ -1,7 +1,8 @@
 """Copies between two processes of one host, in one of two ways; the peer's interpreter takes no part in either: it may be stuck.
 
 direct: process_vm_readv and process_vm_writev (Linux, `man 2 process_vm_readv`). The kernel copies straight between the two address
-spaces, once; but for each segment it pins the pages of the other side. packed: through shared memory, into which a thread of ours
+spaces, once; but for each segment it pins the pages of the other side. From 128 KiB on, where one copy follows the other, a second
+thread takes part in what the loop copies (native/vm.c). packed: through shared memory, into which a thread of ours
 packs segments while a native thread of the peer unpacks them (native/packed.c): twice the copying, by two cores at once, and a
 segment costs next to nothing. Which is better for an op is learnt while running (costs.py).
 
@@ -18,6 +19,7 @@ import os
 import secrets
 import select
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -127,7 +129,9 @@ class _Call:
         self.process, self.is_large, self.assumed = process, op.nbytes > SURE_NBYTES, _assumed(op)
         ours, theirs = op.sides
         self._arrays = [int64(array) for array in (ours.addresses, theirs.addresses, op.plan.lengths)]
-        self.native = ffi.new("nx_vm_call *", (process.pid, process.pidfd, op.put, len(op.plan.lengths), *self._arrays))
+        self.native = ffi.new(
+            "nx_vm_call *", (process.pid, process.pidfd, op.put, len(op.plan.lengths), op.nbytes, *self._arrays)
+        )
 
 
 class SameHostBackend(Backend):
@@ -159,6 +163,9 @@ class SameHostBackend(Backend):
         # Apart from the others: they wait for the peer, which may be stopped.
         self._packers: ThreadPoolExecutor | None = None
         self._server: Any = ffi.NULL
+        # Takes part in what the loop copies; there is none before the first copy that is large enough, or on one core.
+        self._second: Any = None
+        self._opening = threading.Lock()
         self._spent = ffi.new("int64_t *")
 
     async def open(self, host: Host) -> None:
@@ -177,6 +184,9 @@ class SameHostBackend(Backend):
             if threads is not None:
                 threads.shutdown()
         self._threads = self._packers = None
+        second, self._second = self._second, ffi.NULL
+        if second:
+            lib.nx_vm_second_close(second)
         if self._server != ffi.NULL:
             server, self._server = self._server, ffi.NULL
             lib.nx_packed_close(server)
@@ -376,7 +386,19 @@ class SameHostBackend(Backend):
             self._fail(status, op, process)
 
     def _again(self, call: _Call) -> int:
-        return int(lib.nx_vm_now(call.native))
+        second = self._second
+        if second is None:
+            if not call.is_large:
+                return int(lib.nx_vm_now(call.native, ffi.NULL))
+            second = self._second = self._open_second()
+        return int(lib.nx_vm_now(call.native, second))
+
+    def _open_second(self) -> Any:
+        """Start the thread that takes part in what the loop copies, where there is a core for it."""
+        with self._opening:
+            if self._second is None:
+                self._second = lib.nx_vm_second_open(ffi.new("int *")) if self._n_threads > 1 else ffi.NULL
+            return self._second
 
     def _direct(self, process: _Process, op: Op, stop: Any, spent: Any) -> int:
         ours, theirs = op.sides

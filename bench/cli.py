@@ -178,6 +178,7 @@ for _name, _command_help in {
     "qos": "Shares of three traffic classes; 1 MiB urgent transfers beside 1 GiB of bulk.",
     "failover": "Milliseconds from the cut of a route to the next transfer by another one.",
     "verify": "Transfers compared end to end by checksums, beside those that are not.",
+    "tracing": "OpenTelemetry spans of transfers, recorded or not sampled, beside none.",
     "scheduler": "Microseconds per transfer with 1,000 to 100,000 at once; nanoseconds per page.",
     "s3-get": "Objects of 64 KiB to 64 MiB out of an S3 server.",
     "s3-put": "Objects of 1 to 64 MiB into an S3 server, payload signed and not.",

@@ -29,6 +29,7 @@ from bench.suites import (
     stall,
     throughput,
     tiers,
+    tracing,
     verify,
 )
 
@@ -79,6 +80,7 @@ COMMANDS = {
     "qos": Command("Traffic classes", _paths(qos.qos, SAME_HOST, TCP)),
     "failover": Command("A route is cut", ((DEFAULT.name, failover.failover),)),
     "verify": Command("What comparing both sides costs", _paths(verify.verify, SAME_HOST, TCP)),
+    "tracing": Command("What the spans of transfers cost", _paths(tracing.tracing, SAME_HOST, TCP)),
     "scheduler": Command("What the scheduler costs", ((DEFAULT.name, scheduler.scheduler),)),
     "s3-get": Command("Objects got from an S3 server", _servers(s3.get, NGINX, JUICEFS)),
     "s3-put": Command("Objects put to an S3 server", _servers(s3.put, NGINX, JUICEFS)),

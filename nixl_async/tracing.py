@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,8 @@ try:
     from opentelemetry import context as otel
     from opentelemetry import trace
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    from nixl_async.spans import Ended, Made, Spans
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "opentelemetry":
         raise
@@ -33,7 +35,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.trace import Span, Tracer, TracerProvider
+    from opentelemetry.trace import Tracer, TracerProvider
 
     from nixl_async.agent import Agent
 
@@ -64,11 +66,11 @@ class Instrumentation:
     """What makes an agent's spans; `uninstrument` ends it. `with instrument(agent):` does so too."""
 
     def __init__(self, agent: Agent, tracer: Tracer) -> None:
-        self._agent, self._tracer = agent, tracer
+        self._agent, self._tracer, self._spans = agent, tracer, Spans(tracer)
         self._open: dict[int, _Open] = {}
-        self._finished: dict[int, Span] = {}
+        self._finished: dict[int, Made] = {}
         # What was copied at once, whose notification may follow: the plan's identity, and its span.
-        self._last: tuple[int, Span] | None = None
+        self._last: tuple[int, Made] | None = None
 
     def uninstrument(self) -> None:
         """Make no more spans; transfers on their way get none. Idempotent."""
@@ -119,16 +121,19 @@ class Instrumentation:
         if record.resent:
             more["nixl_async.resent"] = record.resent
         place = record.peer, record.routes[0], record.traffic_class
-        span = self._start(record.plan, *place, opened.parent, offset + int(record.submitted * 1e9), more)
+        # What an error is told of has to be a span that can still be changed.
+        failed = record.error if record.state is TransferState.FAILED else None
+        start = self._spans.start if failed is None else self._tracer.start_span
+        span = self._start(start, record.plan, *place, opened.parent, offset + int(record.submitted * 1e9), more)
         self._finished[record.id] = span
         if not span.is_recording():
             return
         for name, at in (("dispatched", record.started), ("wire", opened.first), ("wire done", opened.last)):
             if at is not None:
                 span.add_event(name, timestamp=offset + int(at * 1e9))
-        if record.state is TransferState.FAILED and record.error is not None:
-            span.record_exception(record.error)
-            span.set_status(trace.StatusCode.ERROR, f"{type(record.error).__name__}: {record.error}"[:256])
+        if failed is not None and not isinstance(span, Ended):
+            span.record_exception(failed)
+            span.set_status(trace.StatusCode.ERROR, f"{type(failed).__name__}: {failed}"[:256])
 
     def resolved(self, record: TransferRecord) -> None:
         """End the span: the notification is on its way and whoever waited goes on."""
@@ -140,7 +145,8 @@ class Instrumentation:
         """Make the span of a transfer that was copied at once."""
         now = time.time_ns()
         at = now - int(seconds * 1e9)
-        span = self._start(plan, peer, route, traffic_class, otel.get_current(), at, {"nixl_async.inline": True})
+        more = {"nixl_async.inline": True}
+        span = self._start(self._spans.start, plan, peer, route, traffic_class, otel.get_current(), at, more)
         span.end(now)
         self._last = id(plan), span
 
@@ -151,6 +157,8 @@ class Instrumentation:
         else:
             last, self._last = self._last, None
             span = last[1] if last is not None and last[0] == id(subject) else None
+        if isinstance(span, Ended):
+            span = trace.NonRecordingSpan(span.get_span_context())
         carrier: dict[str, str] = {}
         try:
             _W3C.inject(carrier, None if span is None else trace.set_span_in_context(span, otel.get_current()))
@@ -167,6 +175,7 @@ class Instrumentation:
 
     def _start(
         self,
+        start: Callable[..., Made],
         plan: Plan,
         peer: str | None,
         route: str,
@@ -174,7 +183,7 @@ class Instrumentation:
         parent: Context,
         at: int,
         more: dict[str, Any],
-    ) -> Span:
+    ) -> Made:
         attributes = {
             "nixl_async.agent": self._agent.name,
             "nixl_async.peer": peer or "",
@@ -185,7 +194,7 @@ class Instrumentation:
             **more,
         }
         kind = trace.SpanKind.INTERNAL if peer is None else trace.SpanKind.CLIENT
-        return self._tracer.start_span(_NAMES[direction(plan, peer)], parent, kind, attributes, start_time=at)
+        return start(_NAMES[direction(plan, peer)], parent, kind, attributes, start_time=at)
 
 
 def instrument(agent: Agent, tracer_provider: TracerProvider | None = None) -> Instrumentation:

@@ -85,6 +85,7 @@ ROWS = {
     "qos": 8,
     "failover": 8,
     "verify": 8,
+    "tracing": 2,
     "scheduler": 6,
     "s3-get": 8,
     "s3-put": 16,

@@ -14,7 +14,7 @@ from bench.report import Figure, Row, number, size
 from nixl_async.benchmarks.results import Row as SweepRow
 from nixl_async.benchmarks.transfer.conductor import OURS
 
-VARIANTS = ("nixl_async", "verify=")
+VARIANTS = ("nixl_async", "verify=", "spans ")
 """How labels of our own begin: they are beside a row for information."""
 
 

@@ -54,6 +54,7 @@ COSTS: dict[str, Cost] = {
     "qos": Cost(18, 3),
     "failover": Cost(12, 0),
     "verify": Cost(10, 4),
+    "tracing": Cost(20, 8),
     "scheduler": Cost(7, 1),
     "s3-get": Cost(40, 14),
     "s3-put": Cost(40, 16),

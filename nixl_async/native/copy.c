@@ -38,18 +38,24 @@ int64_t nx_copy_segments(const int64_t *dst, const int64_t *src, const int64_t *
     return done;
 }
 
-static int nx_copy_between(int pid, int put, const int64_t *local, const int64_t *remote, const int64_t *lengths, int64_t n,
-                           const int32_t *stop) {
+/* Where a copy goes on: the segment, and how much of it is copied. */
+typedef struct {
+    int64_t i, at;
+} nx_segment_place;
+
+/* Copies `limit` bytes from `place` on, or all that is left, and moves the place. */
+static int nx_copy_some(int pid, int put, const int64_t *local, const int64_t *remote, const int64_t *lengths, int64_t n,
+                        nx_segment_place *place, int64_t limit, const int32_t *stop) {
     struct iovec ours[NX_IOV], theirs[NX_IOV];
-    int64_t i = 0, at = 0;
-    while (i < n) {
-        int64_t j = i, offset = at, bytes = 0;
+    int64_t i = place->i, at = place->at;
+    while (i < n && limit > 0) {
+        int64_t j = i, offset = at, bytes = 0, room = limit < NX_PIECE ? limit : NX_PIECE;
         int n_ours = 0, n_theirs = 0;
         /* Fill one call: up to NX_IOV entries and about NX_PIECE bytes; neighbours on one side share an entry. */
-        while (j < n && n_ours < NX_IOV && n_theirs < NX_IOV && bytes < NX_PIECE) {
+        while (j < n && n_ours < NX_IOV && n_theirs < NX_IOV && bytes < room) {
             int64_t piece = lengths[j] - offset;
-            if (piece > NX_PIECE - bytes)
-                piece = NX_PIECE - bytes;
+            if (piece > room - bytes)
+                piece = room - bytes;
             char *a = (char *)(uintptr_t)local[j] + offset, *b = (char *)(uintptr_t)remote[j] + offset;
             if (n_ours && (char *)ours[n_ours - 1].iov_base + ours[n_ours - 1].iov_len == a)
                 ours[n_ours - 1].iov_len += (size_t)piece;
@@ -80,6 +86,7 @@ static int nx_copy_between(int pid, int put, const int64_t *local, const int64_t
         }
         if (moved == 0)
             return -EFAULT;
+        limit -= moved;
         if (moved == bytes) {
             i = j;
             at = offset;
@@ -94,7 +101,14 @@ static int nx_copy_between(int pid, int put, const int64_t *local, const int64_t
         if (i < n && nx_stopped(stop))
             return -ECANCELED;
     }
+    *place = (nx_segment_place){i, at};
     return 0;
+}
+
+static int nx_copy_between(int pid, int put, const int64_t *local, const int64_t *remote, const int64_t *lengths, int64_t n,
+                           const int32_t *stop) {
+    nx_segment_place begin = {0, 0};
+    return nx_copy_some(pid, put, local, remote, lengths, n, &begin, INT64_MAX, stop);
 }
 
 /* Copies n segments from our memory to the other process (put) or the other way round. Returns 0, -ECANCELED when stopped,

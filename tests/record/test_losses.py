@@ -42,7 +42,7 @@ def test_a_row_is_lost_once_to_the_best_and_the_others_are_named() -> None:
     assert (loss.peer, loss.ratio, loss.also) == ("Mooncake", 0.25, "NIXL 0.50")
 
 
-@pytest.mark.parametrize("label", ["nixl_async ucx", "nixl_async, uvloop", "verify=crc32c"])
+@pytest.mark.parametrize("label", ["nixl_async ucx", "nixl_async, uvloop", "verify=crc32c", "spans recorded"])
 def test_our_own_variants_are_no_peers(label: str) -> None:
     part = suite("throughput", [row(1.0, 9.0, label=label)])
     assert peers(part.rows[0]) == []
