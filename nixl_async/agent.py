@@ -327,6 +327,8 @@ class Agent(StorageCalls, LayerCalls):
         if self._planner is not None:
             self._planner.shutdown(wait=False)
         self._state = "closed"
+        if self._observers.closed is not None:
+            self._observers.closed()
 
     def _load_backends(self) -> Iterable[Backend]:
         loaded: dict[str, Backend] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 logger = logging.getLogger("nixl_async.observers")
 
-EVENTS = ("submitted", "reached", "started", "ended", "finished", "resolved", "copied", "noted")
+EVENTS = ("submitted", "reached", "started", "ended", "finished", "resolved", "copied", "noted", "closed")
 """What an observer may be told:
 
 - `submitted(record)`: a transfer was handed to the scheduler, in the caller's context;
@@ -21,7 +21,8 @@ EVENTS = ("submitted", "reached", "started", "ended", "finished", "resolved", "c
 - `finished(record)`: the transfer is final; its notification is not sent yet;
 - `resolved(record)`: its notification is on its way; whoever awaits it goes on;
 - `copied(plan, peer, route, traffic_class, seconds)`: a small transfer was copied at once, without the scheduler;
-- `noted(kind, name, number)`: a layer of a push or pull: `kind` is ready, landed or arrived, `name` the request.
+- `noted(kind, name, number)`: a layer of a push or pull: `kind` is ready, landed or arrived, `name` the request;
+- `closed()`: the agent has closed; nothing more will be told.
 """
 
 Callback = Callable[..., None]
@@ -44,6 +45,7 @@ class Observers:
     resolved: Callback | None
     copied: Callback | None
     noted: Callback | None
+    closed: Callback | None
     trace: Callable[[object], bytes] | None
 
     def __init__(self) -> None:

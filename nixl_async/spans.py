@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _RANDOM = 2
 """The flag of W3C Trace Context, level 2, that says a trace's identifier is random."""
+_FLAGS = [TraceFlags(value) for value in range(4)]
 _ENOUGH = 32
 """More attributes than a span of ours has, and more events."""
 
@@ -89,6 +90,7 @@ class Spans:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer: Any = tracer
         self._sdk: Any = None
+        self._ids: Any = getattr(tracer, "id_generator", None)
         self._processors: object = None
         self._quick = False
         if type(tracer).__module__ == "opentelemetry.sdk.trace" and _unlimited(tracer):
@@ -96,6 +98,7 @@ class Spans:
 
             self._sdk = sdk
             self._enabled = getattr(tracer, "_is_enabled", lambda: True)
+            self._random = _RANDOM if getattr(self._ids, "is_trace_id_random", lambda: False)() else 0
 
     def start(self, name: str, parent: Context, kind: SpanKind, attributes: dict[str, Any], *, start_time: int) -> Made:
         """Return a span that began at `start_time`, nanoseconds since the epoch, and is over but for its events."""
@@ -103,18 +106,19 @@ class Spans:
         if self._sdk is None or not self._enabled() or not self._unobserved():
             made: Span = tracer.start_span(name, parent, kind, attributes, start_time=start_time)
             return made
-        ids = tracer.id_generator
+        ids = self._ids
         above: SpanContext | None = trace.get_current_span(parent).get_span_context()
         if above is None or not above.is_valid:
-            above, trace_id, random = None, ids.generate_trace_id(), _RANDOM if _are_random(ids) else 0
+            above, trace_id, random = None, ids.generate_trace_id(), self._random
         else:
             trace_id, random = above.trace_id, above.trace_flags & _RANDOM
-        sampled = tracer.sampler.should_sample(parent, trace_id, name, kind, attributes, ())
-        flags = TraceFlags((TraceFlags.SAMPLED if sampled.decision.is_sampled() else 0) | random)
-        context = SpanContext(trace_id, ids.generate_span_id(), False, flags, sampled.trace_state)
-        if not sampled.decision.is_recording():
+        result = tracer.sampler.should_sample(parent, trace_id, name, kind, attributes, ())
+        decision = result.decision
+        flags = _FLAGS[random | decision.is_sampled()]
+        context = SpanContext(trace_id, ids.generate_span_id(), False, flags, result.trace_state)
+        if not decision.is_recording():
             return NonRecordingSpan(context)
-        return Ended(self._sdk, tracer, name, context, above, kind, sampled.attributes, start_time)
+        return Ended(self._sdk, tracer, name, context, above, kind, result.attributes, start_time)
 
     def _unobserved(self) -> bool:
         """Whether no processor wants to see a span that begins or is about to end; another set of them is looked at again."""
@@ -132,11 +136,6 @@ def _unlimited(tracer: Any) -> bool:
         return False
     counts = limits.max_span_attributes, limits.max_events
     return limits.max_span_attribute_length is None and all(count is None or count >= _ENOUGH for count in counts)
-
-
-def _are_random(ids: Any) -> bool:
-    says = getattr(ids, "is_trace_id_random", None)
-    return says is not None and says()
 
 
 def _indifferent(processors: Iterable[object], plain: type) -> bool:

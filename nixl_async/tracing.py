@@ -7,13 +7,14 @@ library; there `with tracing.attached(notification):` goes on with the same trac
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from nixl_async.backend import Op
 from nixl_async.counters import LOCAL, RX, TX, direction
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from nixl_async.agent import Agent
 
 _NAMES = {TX: "nixl_async.write", RX: "nixl_async.read", LOCAL: "nixl_async.copy"}
+_INTERNAL, _CLIENT = trace.SpanKind.INTERNAL, trace.SpanKind.CLIENT
 _W3C = TraceContextTextMapPropagator()
 logger = logging.getLogger("nixl_async.tracing")
 
@@ -52,6 +54,13 @@ class Traced(Protocol):
         """The context, as it travelled."""
 
 
+_INLINE = {"nixl_async.inline": True}
+BATCH = 32
+"""So many spans are made together: what makes them is then in the processor's caches, where a large copy leaves nothing of it."""
+BATCH_SECONDS = 0.05
+"""How long the first of them waits at most."""
+
+
 @dataclass(slots=True, eq=False)
 class _Open:
     """A transfer that is not final: where it was submitted, when its first op began and its last one ended, by the loop's clock."""
@@ -62,24 +71,70 @@ class _Open:
     n_ops: int = 0
 
 
+# Not the plan itself: another one takes its memory at once, which is in the caches.
+_What: TypeAlias = tuple[str, int, int]
+"""Of a plan: which way its bytes go, how many they are, and in how many segments."""
+
+
+@dataclass(slots=True, eq=False)
+class _Over:
+    """What a span is made of: times are nanoseconds since the epoch; `span` is there already if its context has been told."""
+
+    what: _What
+    peer: str | None
+    route: str
+    traffic_class: TrafficClass
+    parent: Context
+    start: int
+    end: int = 0
+    more: dict[str, Any] = field(default_factory=_INLINE.copy)
+    events: Sequence[tuple[str, int]] = ()
+    error: BaseException | None = None
+    span: Made | None = None
+
+
+_Copied: TypeAlias = tuple[_What, str | None, str, TrafficClass, float, "Context", int]
+"""What was copied at once: much as `copied` is told it, the caller's context, and when it ended. Much of it comes in a second."""
+
+
 class Instrumentation:
     """What makes an agent's spans; `uninstrument` ends it. `with instrument(agent):` does so too."""
 
     def __init__(self, agent: Agent, tracer: Tracer) -> None:
         self._agent, self._tracer, self._spans = agent, tracer, Spans(tracer)
         self._open: dict[int, _Open] = {}
-        self._finished: dict[int, Made] = {}
-        # What was copied at once, whose notification may follow: the plan's identity, and its span.
-        self._last: tuple[int, Made] | None = None
+        self._finished: dict[int, _Over] = {}
+        self._waiting: list[_Over | _Copied] = []
+        # The plan whose copy is the last of those.
+        self._last = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def uninstrument(self) -> None:
         """Make no more spans; transfers on their way get none. Idempotent."""
         self._agent._observers.remove(self)
         if self._agent._observers.trace == self.trace:
             self._agent._observers.trace = None
-        for span in self._finished.values():
-            span.end()
+        for over in self._finished.values():
+            over.end = time.time_ns()
+        self._waiting.extend(self._finished.values())
         self._finished.clear()
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand on the spans of all transfers that have ended; it is done every 50 ms at the latest."""
+        waiting, self._waiting = self._waiting, []
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        for one in waiting:
+            try:
+                if isinstance(one, tuple):
+                    what, peer, route, traffic_class, seconds, parent, end = one
+                    self._start(what, peer, route, traffic_class, parent, end - int(seconds * 1e9), _INLINE).end(end)
+                else:
+                    self._made(one).end(one.end)
+            except Exception:
+                logger.exception("a span is lost")
 
     def __enter__(self) -> Instrumentation:
         return self
@@ -112,56 +167,56 @@ class Instrumentation:
                 opened.last = now
 
     def finished(self, record: TransferRecord) -> None:
-        """Make the span of a transfer that is final, before its notification is sent."""
+        """Note what its span will say, before its notification is sent."""
         opened = self._open.pop(record.id, None)
         if opened is None:
             return
         offset = time.time_ns() - int(self._agent._loop.time() * 1e9)
-        more: dict[str, Any] = {"nixl_async.state": record.state.value, "nixl_async.ops": opened.n_ops}
+        start = offset + int(record.submitted * 1e9)
+        over = _Over(
+            _what(record.plan, record.peer), record.peer, record.routes[0], record.traffic_class, opened.parent, start
+        )
+        over.more = {"nixl_async.state": record.state.value, "nixl_async.ops": opened.n_ops}
         if record.resent:
-            more["nixl_async.resent"] = record.resent
-        place = record.peer, record.routes[0], record.traffic_class
-        # What an error is told of has to be a span that can still be changed.
-        failed = record.error if record.state is TransferState.FAILED else None
-        start = self._spans.start if failed is None else self._tracer.start_span
-        span = self._start(start, record.plan, *place, opened.parent, offset + int(record.submitted * 1e9), more)
-        self._finished[record.id] = span
-        if not span.is_recording():
-            return
-        for name, at in (("dispatched", record.started), ("wire", opened.first), ("wire done", opened.last)):
-            if at is not None:
-                span.add_event(name, timestamp=offset + int(at * 1e9))
-        if failed is not None and not isinstance(span, Ended):
-            span.record_exception(failed)
-            span.set_status(trace.StatusCode.ERROR, f"{type(failed).__name__}: {failed}"[:256])
+            over.more["nixl_async.resent"] = record.resent
+        stages = ("dispatched", record.started), ("wire", opened.first), ("wire done", opened.last)
+        over.events = [(name, offset + int(at * 1e9)) for name, at in stages if at is not None]
+        if record.state is TransferState.FAILED:
+            over.error = record.error
+        self._finished[record.id] = over
 
     def resolved(self, record: TransferRecord) -> None:
         """End the span: the notification is on its way and whoever waited goes on."""
-        span = self._finished.pop(record.id, None)
-        if span is not None:
-            span.end()
+        over = self._finished.pop(record.id, None)
+        if over is not None:
+            over.end = time.time_ns()
+            self._keep(over)
 
     def copied(self, plan: Plan, peer: str | None, route: str, traffic_class: TrafficClass, seconds: float) -> None:
-        """Make the span of a transfer that was copied at once."""
-        now = time.time_ns()
-        at = now - int(seconds * 1e9)
-        more = {"nixl_async.inline": True}
-        span = self._start(self._spans.start, plan, peer, route, traffic_class, otel.get_current(), at, more)
-        span.end(now)
-        self._last = id(plan), span
+        """Note what was copied at once."""
+        self._keep((_what(plan, peer), peer, route, traffic_class, seconds, otel.get_current(), time.time_ns()))
+        self._last = id(plan)
+
+    def closed(self) -> None:
+        """Hand on what is left: the loop may end."""
+        self.flush()
 
     def trace(self, subject: object) -> bytes:
         """Return the context that goes with a notification; see `Observers`."""
+        over = None
         if isinstance(subject, TransferRecord):
-            span = self._finished.get(subject.id)
-        else:
-            last, self._last = self._last, None
-            span = last[1] if last is not None and last[0] == id(subject) else None
-        if isinstance(span, Ended):
-            span = trace.NonRecordingSpan(span.get_span_context())
+            over = self._finished.get(subject.id)
+        elif id(subject) == self._last and self._waiting and isinstance(last := self._waiting[-1], tuple):
+            # It was copied a moment ago, and its notification follows.
+            what, peer, route, traffic_class, seconds, parent, end = last
+            over = self._waiting[-1] = _Over(what, peer, route, traffic_class, parent, end - int(seconds * 1e9), end)
         carrier: dict[str, str] = {}
         try:
-            _W3C.inject(carrier, None if span is None else trace.set_span_in_context(span, otel.get_current()))
+            if over is None:
+                _W3C.inject(carrier, None)
+            else:
+                span = trace.NonRecordingSpan(self._made(over).get_span_context())
+                _W3C.inject(carrier, trace.set_span_in_context(span, otel.get_current()))
         except Exception:
             logger.exception("a trace context cannot be told; the notification goes without")
             return b""
@@ -173,36 +228,79 @@ class Instrumentation:
             encoded = json.dumps(carrier, separators=(",", ":")).encode()
         return encoded
 
+    def _keep(self, over: _Over | _Copied) -> None:
+        """Let its span be made with others."""
+        waiting = self._waiting
+        # Not the one that is added: the context of the last may be asked for.
+        if len(waiting) >= BATCH:
+            self.flush()
+            waiting = self._waiting
+        waiting.append(over)
+        if self._timer is None:
+            self._timer = self._agent._loop.call_later(BATCH_SECONDS, self.flush)
+
+    def _made(self, over: _Over) -> Made:
+        """Return the span, which lacks nothing but its end."""
+        if over.span is not None:
+            return over.span
+        over.span = span = self._start(
+            over.what,
+            over.peer,
+            over.route,
+            over.traffic_class,
+            over.parent,
+            over.start,
+            over.more,
+            failed=over.error is not None,
+        )
+        if span.is_recording():
+            for name, at in over.events:
+                span.add_event(name, timestamp=at)
+            if over.error is not None and not isinstance(span, Ended):
+                span.record_exception(over.error)
+                span.set_status(trace.StatusCode.ERROR, f"{type(over.error).__name__}: {over.error}"[:256])
+        return span
+
     def _start(
         self,
-        start: Callable[..., Made],
-        plan: Plan,
+        what: _What,
         peer: str | None,
         route: str,
         traffic_class: TrafficClass,
         parent: Context,
-        at: int,
+        start: int,
         more: dict[str, Any],
+        *,
+        failed: bool = False,
     ) -> Made:
+        way, nbytes, segments = what
         attributes = {
             "nixl_async.agent": self._agent.name,
             "nixl_async.peer": peer or "",
             "nixl_async.backend": route,
-            "nixl_async.class": traffic_class.value,
-            "nixl_async.bytes": plan.nbytes,
-            "nixl_async.segments": len(plan.lengths),
+            "nixl_async.class": traffic_class._value_,
+            "nixl_async.bytes": nbytes,
+            "nixl_async.segments": segments,
             **more,
         }
-        kind = trace.SpanKind.INTERNAL if peer is None else trace.SpanKind.CLIENT
-        return start(_NAMES[direction(plan, peer)], parent, kind, attributes, start_time=at)
+        kind = _INTERNAL if peer is None else _CLIENT
+        name = _NAMES[way]
+        if failed:
+            # What is told of an error has to be a span that can still be changed.
+            return self._tracer.start_span(name, parent, kind, attributes, start_time=start)
+        return self._spans.start(name, parent, kind, attributes, start_time=start)
+
+
+def _what(plan: Plan, peer: str | None) -> _What:
+    return direction(plan, peer), plan.nbytes, len(plan.lengths)
 
 
 def instrument(agent: Agent, tracer_provider: TracerProvider | None = None) -> Instrumentation:
     """Make a span of each transfer of an agent from here on; `tracer_provider` is the process's own unless another is given.
 
     Spans are called nixl_async.write, .read or .copy. Their events are the stages: dispatched (its turn has come), wire (a backend
-    has its first op), wire done; they end when its notification is on its way. A span that is recorded costs some tens of
-    microseconds, which is several copies of a small page: sample where there are many of those.
+    has its first op), wire done; they end when its notification is on its way. They are made together, 50 ms later at most, or when
+    the agent closes or `uninstrument` is called: shut the provider down after that. `python -m bench tracing` says what they cost.
 
     Raises:
         ConfigurationError: the agent is instrumented already.
@@ -211,7 +309,7 @@ def instrument(agent: Agent, tracer_provider: TracerProvider | None = None) -> I
     if observers.trace is not None:
         raise ConfigurationError(f"agent {agent.name!r} is instrumented already; call uninstrument() of that first")
     made = Instrumentation(agent, trace.get_tracer("nixl_async", tracer_provider=tracer_provider))
-    observers.add(made)
+    observers.add(made, trusted=True)
     observers.trace = made.trace
     return made
 

@@ -6,13 +6,14 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -75,7 +76,7 @@ async def test_a_transfer_is_a_span_with_its_stages(provider: TracerProvider, ex
         with tracing.instrument(a, provider), tracer.start_as_current_span("request") as request:
             await a.transfer(mine, peer.region("theirs"), traffic_class="latency")
             await a.transfer(peer.region("theirs")[:100], mine[:100])
-        written, read, whole = exporter.get_finished_spans()
+        whole, written, read = exporter.get_finished_spans()
         assert (written.name, read.name, whole.name) == ("nixl_async.write", "nixl_async.read", "request")
         assert written.parent is not None
         assert written.parent.span_id == request.get_span_context().span_id
@@ -145,10 +146,94 @@ async def test_one_trace_goes_over_two_processes(provider: TracerProvider, expor
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-    spans = {span.name + str(at): span.context for at, span in enumerate(exporter.get_finished_spans())}
-    parents = [spans["nixl_async.write0"], spans["nixl_async.write2"], spans["third3"]]
+    spans = exporter.get_finished_spans()
+    writes = [span.context for span in spans if span.name == "nixl_async.write"]
+    parents = [*writes, *(span.context for span in spans if span.name == "third")]
     assert told == [[f"{one.trace_id:032x}", f"{one.span_id:016x}"] for one in parents if one is not None]
     assert len({trace_id for trace_id, _ in told}) == 3
+
+
+@pytest.mark.parametrize("seconds", [3600.0, tracing.BATCH_SECONDS], ids=["many", "few"])
+async def test_spans_are_handed_on_together_and_soon(
+    seconds: float, provider: TracerProvider, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "BATCH_SECONDS", seconds)
+    many = tracing.BATCH if seconds == 3600 else 1
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        mine = await a.register(np.ones(64, np.uint8), name="mine")
+        await b.register(np.zeros(64, np.uint8), name="theirs")
+        await known(a, peer, "theirs")
+        with tracing.instrument(a, provider) as made:
+            before = time.time_ns()
+            for _ in range(many):
+                await a.transfer(mine, peer.region("theirs"))
+            after = time.time_ns()
+            if many > 1:
+                assert exporter.get_finished_spans() == ()
+                await a.transfer(mine, peer.region("theirs"))
+            else:
+                async with asyncio.timeout(60):
+                    while not exporter.get_finished_spans():
+                        await asyncio.sleep(0)
+                assert made._timer is None
+            found = exporter.get_finished_spans()
+    assert len(found) == many
+    ends = [span.end_time or 0 for span in found]
+    assert before <= ends[0] <= ends[-1] <= after
+    assert ends == sorted(ends)
+    assert all((span.start_time or 0) < (span.end_time or 0) for span in found)
+
+
+async def test_an_agent_that_closes_keeps_no_spans(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        mine = await a.register(np.ones(64, np.uint8), name="mine")
+        await b.register(np.zeros(64, np.uint8), name="theirs")
+        await known(a, peer, "theirs")
+        made = tracing.instrument(a, provider)
+        await a.transfer(mine, peer.region("theirs"))
+        await a.aclose()
+        assert [span.name for span in exporter.get_finished_spans()] == ["nixl_async.write"]
+        made.uninstrument()
+
+
+async def test_a_context_that_was_told_is_that_of_the_span(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        mine = await a.register(np.ones(NBYTES, np.uint8), name="mine")
+        await b.register(np.zeros(NBYTES, np.uint8), name="theirs")
+        await known(a, peer, "theirs")
+        arrivals = b.notifications()
+        told = []
+        with tracing.instrument(a, provider):
+            for nbytes in (64, NBYTES):
+                # More than a batch of those that tell nothing are in between.
+                for _ in range(tracing.BATCH - 1):
+                    await a.transfer(mine[:nbytes], peer.region("theirs")[:nbytes])
+                await a.transfer(mine[:nbytes], peer.region("theirs")[:nbytes], notify=b"x")
+                context = trace.get_current_span(tracing.context(await anext(arrivals))).get_span_context()
+                told.append((context.trace_id, context.span_id))
+        spans = exporter.get_finished_spans()
+        assert len(spans) == 2 * tracing.BATCH
+        found = [(span.context.trace_id, span.context.span_id) for span in spans]
+        assert all(found.count(one) == 1 for one in told)
+        assert len(set(found)) == len(found)
+
+
+async def test_a_processor_that_fails_loses_its_span_alone(provider: TracerProvider, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            raise RuntimeError("full")
+
+    provider.add_span_processor(Failing())
+    async with two_agents(backends=["tcp"]) as (a, b, peer):
+        mine = await a.register(np.ones(64, np.uint8), name="mine")
+        memory = np.zeros(64, np.uint8)
+        await b.register(memory, name="theirs")
+        await known(a, peer, "theirs")
+        with tracing.instrument(a, provider):
+            await a.transfer(mine, peer.region("theirs"))
+            await a.transfer(mine, peer.region("theirs"))
+        assert memory.all()
+    assert caplog.text.count("a span is lost") == 2
 
 
 async def test_a_push_brings_the_trace_of_its_producer(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:

@@ -13,7 +13,7 @@ from bench.session import OURS, Path, Settings, alternate, check, ours, pairs, s
 PAGE = 64 << 10
 BATCHES = (16, 64, 256, 1024)
 WAYS = (None, "not sampled", "recorded")
-REPEATS = 5
+REPEATS = 6
 """How many times each way has its turn in a round: a turn is some tens of milliseconds, which is little beside a disturbance."""
 LEAST = 0.95
 _GB = 1e9
@@ -36,8 +36,10 @@ def _row(settings: Settings, path: Path, started: dict[str, Pair], batch: int) -
     def once(pair: Pair) -> dict[str | None, float]:
         nonlocal turn
         found: dict[str | None, list[float]] = {way: [] for way in WAYS}
-        for _ in range(1 if settings.quick else REPEATS):
-            for way in WAYS:
+        for repeat in range(1 if settings.quick else REPEATS):
+            # Who comes first finds other caches than who comes last.
+            first = repeat % len(WAYS)
+            for way in (*WAYS[first:], *WAYS[:first]):
                 turn += 1
                 found[way].append(_move(pair, destination, seed, turn, way, n_pages, batch))
         return {way: statistics.median(seconds) for way, seconds in found.items()}

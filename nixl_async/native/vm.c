@@ -1,7 +1,6 @@
 /* Copies between this process and another that are made again and again, with all that one needs in one place; large ones by the
-   caller and a second thread, piece by piece. That thread looks for work for a while after the last, and then sleeps: it is woken
-   where copies come close upon each other, and takes part from when it is awake. Who has run out of pieces waits for the other's
-   last one alone. */
+   caller and a second thread, piece by piece. That thread looks for work for a while after the last, and then sleeps. It is woken
+   where copies come close upon each other, and takes part from when it is awake. Who runs out of pieces waits for the other's last. */
 #include <errno.h>
 #include <linux/futex.h>
 #include <poll.h>
@@ -23,8 +22,11 @@
 /* A piece: about a quarter of the copy, and so much that the system call does not count. */
 #define VM_PIECE_LEAST (64 << 10)
 #define VM_PIECE_MOST (256 << 10)
-/* How long the second thread looks for work, and how soon after the last copy it is woken for another. */
-#define VM_LOOK_NS 50000
+/* How long the second thread looks for work: longer than the time between copies, where that is short. It is woken for a copy that
+   comes soon after the last. */
+#define VM_SHORT_NS 150000
+#define VM_LOOK_NS 250000
+#define VM_GLANCE_NS 30000
 #define VM_CLOSE_NS 500000
 /* A core that others want too: who waited so long for the other's piece copies alone for so many times, twice as many each time. */
 #define VM_LATE_NS 100000
@@ -39,7 +41,7 @@ struct nx_vm_second {
     int32_t quit, taken, status;
     const nx_vm_call *call;
     int64_t piece, next;
-    int64_t ended_ns, joined;
+    int64_t ended_ns, look_ns, joined;
     int32_t alone, alone_next;
 };
 
@@ -89,7 +91,7 @@ static void *vm_second_run(void *argument) {
             since = vm_clock();
         } else if (__atomic_load_n(&self->quit, __ATOMIC_SEQ_CST)) {
             return NULL;
-        } else if (vm_clock() - since > VM_LOOK_NS) {
+        } else if (vm_clock() - since > __atomic_load_n(&self->look_ns, __ATOMIC_RELAXED)) {
             /* Who offers looks at `asleep` afterwards, as we look at what is offered after having said that we sleep. */
             __atomic_store_n(&self->asleep, 1, __ATOMIC_SEQ_CST);
             if (__atomic_load_n(&self->state, __ATOMIC_SEQ_CST) != VM_OFFERED && !__atomic_load_n(&self->quit, __ATOMIC_SEQ_CST))
@@ -148,8 +150,10 @@ static int vm_together(const nx_vm_call *call, nx_vm_second *self, int64_t now) 
     self->piece = piece < VM_PIECE_LEAST ? VM_PIECE_LEAST : piece > VM_PIECE_MOST ? VM_PIECE_MOST : piece;
     self->next = 0;
     self->status = 0;
+    int64_t between = now - self->ended_ns;
+    __atomic_store_n(&self->look_ns, between < VM_SHORT_NS ? VM_LOOK_NS : VM_GLANCE_NS, __ATOMIC_RELAXED);
     __atomic_store_n(&self->state, VM_OFFERED, __ATOMIC_SEQ_CST);
-    if (now - self->ended_ns < VM_CLOSE_NS)
+    if (between < VM_CLOSE_NS)
         vm_wake(self);
     vm_pieces(self);
     uint32_t offered = VM_OFFERED;
