@@ -625,7 +625,9 @@ class Agent(StorageCalls, LayerCalls):
 
     def _begin(self, prepared: PreparedTransfer) -> TransferResult | Awaitable[TransferResult] | None:
         """Copy an ordinary prepared transfer in this call if it is small, or start it; `None` if it is one for `transfer`."""
-        self._check_prepared(prepared)
+        if self._state != "open" or prepared._agent is not self:
+            self._check_prepared(prepared)
+        prepared.check_usable()
         return None if self._verify is not None else self._dispatcher.begin(prepared)
 
     def submit(

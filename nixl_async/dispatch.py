@@ -313,7 +313,7 @@ class Dispatcher:
         expensive = nbytes > ALWAYS_INLINE_NBYTES or self._inline_last_ns > QUEUEING_NS
         if expensive and self._inline_ns >= INLINE_BUDGET_NS:
             return None
-        if not self._scheduler.idle(route, peer, urgency.traffic_class):
+        if self.transfers and not self._scheduler.idle(route, peer, urgency.traffic_class):
             return None
         started = time.perf_counter_ns()
         try:

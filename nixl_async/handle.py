@@ -296,7 +296,7 @@ class PreparedTransfer:
     Made by `agent.prepare`. Sending it again costs no work per descriptor. It uses the bytes as they are when it is sent.
     """
 
-    __slots__ = ("_agent", "at_once", "pieces", "places", "plan", "routes")
+    __slots__ = ("_agent", "_regions", "at_once", "pieces", "places", "plan", "routes")
 
     def __init__(
         self,
@@ -309,6 +309,7 @@ class PreparedTransfer:
         self._agent = agent
         self.places: tuple[Places, Places] | None = places
         self.plan: Plan = plan
+        self._regions = plan.src.regions + plan.dst.regions
         self.pieces: Sequence[Plan] = pieces
         self.routes: tuple[str, ...] = routes
         self.at_once: tuple[Backend, Op] | None = None
@@ -321,9 +322,8 @@ class PreparedTransfer:
 
     def check_usable(self) -> None:
         """Raise unless every region that it touches can still be used."""
-        for side in (self.plan.src, self.plan.dst):
-            for region in side.regions:
-                region.check_usable()
+        for region in self._regions:
+            region.check_usable()
 
     async def transfer(
         self,

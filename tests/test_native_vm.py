@@ -66,7 +66,7 @@ def until_joined(call: Call, second: Any) -> None:
 def test_two_threads_copy_every_byte(second: Any, put: bool, nbytes: int) -> None:
     src, dst = pattern(nbytes, 1), np.zeros(nbytes, np.uint8)
     call = Call(src, dst, [], put=put)
-    for _ in range(20):
+    for _ in range(5):
         dst[:] = 0
         until_joined(call, second)
         assert_same(dst, src)
