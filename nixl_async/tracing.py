@@ -8,6 +8,7 @@ library; there `with tracing.attached(notification):` goes on with the same trac
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import logging
 import time
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _NAMES = {TX: "nixl_async.write", RX: "nixl_async.read", LOCAL: "nixl_async.copy"}
 _INTERNAL, _CLIENT = trace.SpanKind.INTERNAL, trace.SpanKind.CLIENT
+_copy_context, _time_ns = contextvars.copy_context, time.time_ns
 _W3C = TraceContextTextMapPropagator()
 logger = logging.getLogger("nixl_async.tracing")
 
@@ -93,7 +95,7 @@ class _Over:
     span: Made | None = None
 
 
-_Copied: TypeAlias = tuple[_What, str | None, str, TrafficClass, float, "Context", int]
+_Copied: TypeAlias = tuple[_What, str | None, str, TrafficClass, float, contextvars.Context, int]
 """What was copied at once: much as `copied` is told it, the caller's context, and when it ended. Much of it comes in a second."""
 
 
@@ -129,8 +131,10 @@ class Instrumentation:
         for one in waiting:
             try:
                 if isinstance(one, tuple):
-                    what, peer, route, traffic_class, seconds, parent, end = one
-                    self._start(what, peer, route, traffic_class, parent, end - int(seconds * 1e9), _INLINE).end(end)
+                    what, peer, route, traffic_class, seconds, caller, end = one
+                    self._start(
+                        what, peer, route, traffic_class, caller.run(otel.get_current), end - int(seconds * 1e9), _INLINE
+                    ).end(end)
                 else:
                     self._made(one).end(one.end)
             except Exception:
@@ -190,11 +194,20 @@ class Instrumentation:
         over = self._finished.pop(record.id, None)
         if over is not None:
             over.end = time.time_ns()
-            self._keep(over)
+            self._next().append(over)
 
     def copied(self, plan: Plan, peer: str | None, route: str, traffic_class: TrafficClass, seconds: float) -> None:
         """Note what was copied at once."""
-        self._keep((_what(plan, peer), peer, route, traffic_class, seconds, otel.get_current(), time.time_ns()))
+        # No function of Python's is called that need not be: the copy has left none in the caches.
+        waiting = self._waiting
+        if len(waiting) >= BATCH or self._timer is None:
+            waiting = self._next()
+        what = (
+            _what(plan, None)
+            if peer is None
+            else (RX if plan.dst.regions[0].peer is None else TX, plan.nbytes, len(plan.lengths))
+        )
+        waiting.append((what, peer, route, traffic_class, seconds, _copy_context(), _time_ns()))
         self._last = id(plan)
 
     def closed(self) -> None:
@@ -208,8 +221,10 @@ class Instrumentation:
             over = self._finished.get(subject.id)
         elif id(subject) == self._last and self._waiting and isinstance(last := self._waiting[-1], tuple):
             # It was copied a moment ago, and its notification follows.
-            what, peer, route, traffic_class, seconds, parent, end = last
-            over = self._waiting[-1] = _Over(what, peer, route, traffic_class, parent, end - int(seconds * 1e9), end)
+            what, peer, route, traffic_class, seconds, caller, end = last
+            over = self._waiting[-1] = _Over(
+                what, peer, route, traffic_class, caller.run(otel.get_current), end - int(seconds * 1e9), end
+            )
         carrier: dict[str, str] = {}
         try:
             if over is None:
@@ -228,16 +243,13 @@ class Instrumentation:
             encoded = json.dumps(carrier, separators=(",", ":")).encode()
         return encoded
 
-    def _keep(self, over: _Over | _Copied) -> None:
-        """Let its span be made with others."""
-        waiting = self._waiting
-        # Not the one that is added: the context of the last may be asked for.
-        if len(waiting) >= BATCH:
+    def _next(self) -> list[_Over | _Copied]:
+        """Return the list for one span more; a full one is handed on before that, as the context of the last may be asked for."""
+        if len(self._waiting) >= BATCH:
             self.flush()
-            waiting = self._waiting
-        waiting.append(over)
         if self._timer is None:
             self._timer = self._agent._loop.call_later(BATCH_SECONDS, self.flush)
+        return self._waiting
 
     def _made(self, over: _Over) -> Made:
         """Return the span, which lacks nothing but its end."""
