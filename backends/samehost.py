@@ -266,7 +266,8 @@ class SameHostBackend(Backend):
         alive = select.poll()
         alive.register(pidfd, select.POLLIN)
         await self.disconnect(peer.name)
-        process = _Process(pid, pidfd, alive, identity, peer.description)
+        ways = Ways(ASSUMED, len(os.sched_getaffinity(0)) / self._n_threads)
+        process = _Process(pid, pidfd, alive, identity, peer.description, ways=ways)
         self._processes[peer.name] = process
         host.loop.add_reader(pidfd, self._ended, peer.name)
         self._open_packed(process, fd, nonce)

@@ -128,11 +128,13 @@ class Ways:
     """The ways to one peer, and which of them is the cheapest: the one that takes the least time of cores.
 
     While nothing else runs, a way on two cores may end earlier than a cheaper one on a single core; but ops run side by side, and
-    the peer has better things to do with a core.
+    the peer has better things to do with a core. `share` is how many cores there are for each op where as many run as may: what ops
+    take that are short of cores holds the time in which they waited for one, and more cores than that are not to be counted again.
     """
 
-    def __init__(self, ways: Iterable[Way]) -> None:
+    def __init__(self, ways: Iterable[Way], share: float = float("inf")) -> None:
         self._cores = {way.name: way.cores for way in ways}
+        self._weights = {way.name: min(way.cores, max(1.0, share)) for way in ways}
         self._learnt = {(way.name, put): LearntCost(cost) for way in ways for put, cost in way.assumed.items()}
         self._debts: dict[tuple[str, bool], float] = {}
         self._bursts: dict[tuple[bool, int], tuple[str, int]] = {}
@@ -149,7 +151,7 @@ class Ways:
         return chosen
 
     def _choose_anew(self, put: bool, segments: int, nbytes: int, allowed: Sequence[str]) -> str:
-        costs = {name: self._cores[name] * self._learnt[name, put].seconds(segments, nbytes) for name in allowed}
+        costs = {name: self._weights[name] * self._learnt[name, put].seconds(segments, nbytes) for name in allowed}
         best = min(costs, key=costs.__getitem__)
         for name, cost in costs.items():
             share = costs[best] / max(cost, 1e-9)
@@ -180,7 +182,7 @@ class Ways:
             learnt = self._learnt[name, put]
             seconds = learnt.seconds(segments, nbytes)
             found.append(Prediction(name, seconds, self._cores[name], learnt.cost, learnt.samples))
-        return tuple(sorted(found, key=lambda one: one.seconds * one.cores))
+        return tuple(sorted(found, key=lambda one: one.seconds * self._weights[one.way]))
 
 
 def _size_class(segments: int, nbytes: int) -> int:

@@ -117,6 +117,19 @@ def test_a_wrong_assumption_is_found_out(true: tuple[float, float, float], facto
     assert chosen[-30:] == ["two"] * 30
 
 
+@given(numbers, numbers, st.floats(0.25, 4.0))
+def test_cores_that_ops_wait_for_are_not_counted_again(
+    a: tuple[float, float, float], b: tuple[float, float, float], share: float
+) -> None:
+    one, two = Cost(*a), Cost(*b)
+    ways = Ways([Way("one", {True: one}), Way("two", {True: two}, 3)], share)
+    cheaper = "one" if one.seconds(100, 1 << 20) <= min(3.0, max(1.0, share)) * two.seconds(100, 1 << 20) else "two"
+    assert ways.choose(True, 100, 1 << 20, ["one", "two"]) == cheaper
+    first, second = ways.predict(True, 100, 1 << 20, ["one", "two"])
+    assert first.way == cheaper
+    assert {first.way: first.cores, second.way: second.cores} == {"one": 1, "two": 3}
+
+
 def test_the_dearer_way_is_tried_rarely() -> None:
     cheap, dear = Cost(1e-6, 1e-9, 1e-10), Cost(2e-6, 2e-9, 2e-10)
     ways = _ways(cheap, dear)
