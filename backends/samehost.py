@@ -2,9 +2,9 @@
 
 direct: process_vm_readv and process_vm_writev (Linux, `man 2 process_vm_readv`). The kernel copies straight between the two address
 spaces, once; but for each segment it pins the pages of the other side. From 128 KiB on, where one copy follows the other, a second
-thread takes part in what the loop copies (native/vm.c). packed: through shared memory, into which a thread of ours
-packs segments while a native thread of the peer unpacks them (native/packed.c): twice the copying, by two cores at once, and a
-segment costs next to nothing. Which is better for an op is learnt while running (costs.py).
+thread takes part in what the loop copies, if trying finds two to be faster (native/vm.c). packed: through shared memory,
+into which a thread of ours packs segments while a native thread of the peer unpacks them (native/packed.c): twice the copying, by
+two cores at once, and a segment costs next to nothing. Which is better for an op is learnt while running (costs.py).
 
 The kernel allows both where ptrace would be (same user; Yama's ptrace_scope 0). A process id may mean another process in another
 container, or after a restart: `connect` reads a secret out of the peer's memory to be sure, and a pidfd (`man 2 pidfd_open`), which

@@ -22,6 +22,8 @@ from nixl_async.testing import assert_same, pattern
 
 TOGETHER = 128 << 10
 NBYTES = 4 << 20
+TRIES = 16
+TRY_EVERY = 1024
 
 
 class Call:
@@ -90,6 +92,40 @@ def test_pieces_may_end_anywhere(data: st.DataObject) -> None:
     finally:
         lib.nx_vm_second_close(made)
         call.close()
+
+
+@pytest.mark.parametrize("put", [True, False])
+def test_each_size_is_copied_alone_at_first_and_then_by_two(second: Any, put: bool) -> None:
+    for nbytes in (TOGETHER, 2 * TOGETHER, NBYTES):
+        src, dst = pattern(nbytes, 3), np.zeros(nbytes, np.uint8)
+        call = Call(src, dst, [], put=put)
+        before = lib.nx_vm_second_joined(second)
+        for _ in range(TRIES):
+            assert lib.nx_vm_now(call.native, second) == 0
+        assert lib.nx_vm_second_joined(second) == before
+        until_joined(call, second)
+        assert_same(dst, src)
+        call.close()
+
+
+@pytest.mark.parametrize("put", [True, False])
+def test_both_ways_are_tried_again_whichever_was_faster(second: Any, put: bool) -> None:
+    nbytes = 2 * TOGETHER
+    src, dst = pattern(nbytes, 4), np.zeros(nbytes, np.uint8)
+    call = Call(src, dst, [], put=put)
+    for _ in range(TRIES):
+        assert lib.nx_vm_now(call.native, second) == 0
+    seen: set[bool] = set()
+    end = time.monotonic() + 60
+    while seen != {True, False}:
+        before = lib.nx_vm_second_joined(second)
+        for _ in range(TRY_EVERY):
+            assert lib.nx_vm_now(call.native, second) == 0
+        joined = lib.nx_vm_second_joined(second) - before
+        seen |= {True} if joined else set()
+        seen |= {False} if joined < TRY_EVERY else set()
+        assert time.monotonic() < end, seen
+    call.close()
 
 
 def test_small_copies_and_none_are_the_callers_alone(second: Any) -> None:

@@ -1,6 +1,7 @@
 /* Copies between this process and another that are made again and again, with all that one needs in one place; large ones by the
    caller and a second thread, piece by piece. That thread looks for work for a while after the last, and then sleeps. It is woken
-   where copies come close upon each other, and takes part from when it is awake. Who runs out of pieces waits for the other's last. */
+   where copies come close upon each other, and takes part from when it is awake. Who runs out of pieces waits for the other's last.
+   Two threads of one core, which share its caches and what it copies with, may be no faster than one: that is found out by trying. */
 #include <errno.h>
 #include <linux/futex.h>
 #include <poll.h>
@@ -33,6 +34,18 @@
 #define VM_ALONE_LEAST 64
 #define VM_ALONE_MOST (1 << 16)
 
+/* Copies of each size are made this way and that for so many times, and then again each so many copies. */
+#define VM_TRY 16
+#define VM_TRY_EVERY 1024
+/* Sizes from one power of two to the next, from VM_TOGETHER on. */
+#define VM_SIZES 8
+
+/* What copies of one size take, in ns for a mebibyte: by the caller alone, and by two. 0: not known. */
+typedef struct {
+    int64_t ns[2];
+    uint32_t n;
+} vm_pace;
+
 enum { VM_NONE, VM_OFFERED, VM_JOINED, VM_LEFT };
 
 struct nx_vm_second {
@@ -43,12 +56,37 @@ struct nx_vm_second {
     int64_t piece, next;
     int64_t ended_ns, look_ns, joined;
     int32_t alone, alone_next;
+    vm_pace paces[2][VM_SIZES];
 };
 
 static int64_t vm_clock(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+static vm_pace *vm_pace_of(nx_vm_second *self, const nx_vm_call *call) {
+    int size = 0;
+    for (int64_t nbytes = call->nbytes; nbytes >= 2 * VM_TOGETHER && size < VM_SIZES - 1; nbytes /= 2)
+        size++;
+    return &self->paces[!!call->put][size];
+}
+
+/* Whether two are to make this copy. They take twice the cores' time, which an eighth of the time must be worth. */
+static int vm_wants_two(vm_pace *pace) {
+    uint32_t n = pace->n++;
+    if (n < 2 * VM_TRY)
+        return n >= VM_TRY;
+    int two = pace->ns[1] && pace->ns[1] < pace->ns[0] - pace->ns[0] / 8;
+    return n % VM_TRY_EVERY < VM_TRY ? !two : two;
+}
+
+/* Takes in what a copy took; one that was interrupted says little. */
+static void vm_learn(int64_t *ns, int64_t spent_ns, int64_t nbytes) {
+    int64_t now = spent_ns * (1 << 20) / nbytes + 1;
+    if (*ns && now > 2 * *ns)
+        now = 2 * *ns;
+    *ns = *ns ? *ns + (now - *ns) / 4 : now;
 }
 
 /* Copies pieces until there are none left, or one has failed. */
@@ -186,16 +224,25 @@ int nx_vm_now(nx_vm_call *call, nx_vm_second *second) {
         return -ESRCH;
     if (!second || call->nbytes < VM_TOGETHER || __atomic_exchange_n(&second->taken, 1, __ATOMIC_ACQUIRE))
         return nx_process_vm(call->pid, call->put, call->local, call->remote, call->lengths, call->n, NULL, &call->spent_ns);
-    int64_t began = vm_clock();
-    int status;
+    int64_t began = vm_clock(), joined = second->joined;
+    vm_pace *pace = vm_pace_of(second, call);
+    int status, two = 0, learns = 1;
     if (second->alone > 0) {
         second->alone--;
-        status = nx_copy_between(call->pid, call->put, call->local, call->remote, call->lengths, call->n, NULL);
+        learns = 0;
     } else {
+        two = vm_wants_two(pace);
+    }
+    if (two) {
         status = vm_together(call, second, began);
+        learns = second->joined > joined;
+    } else {
+        status = nx_copy_between(call->pid, call->put, call->local, call->remote, call->lengths, call->n, NULL);
     }
     second->ended_ns = vm_clock();
     call->spent_ns = second->ended_ns - began;
+    if (learns && !status)
+        vm_learn(&pace->ns[two], call->spent_ns, call->nbytes);
     __atomic_store_n(&second->taken, 0, __ATOMIC_RELEASE);
     return status;
 }
