@@ -24,8 +24,9 @@ async def test_it_answers_its_owner(tmp_path: Path) -> None:
         told = await asyncio.to_thread(inspection.ask, path, {"do": "dump"})
         assert [agent["agent"] for agent in told["agents"]] == ["a", "b"]
         assert told["pid"] == os.getpid()
-        mine = await a.register(np.ones(1 << 20, np.uint8), name="mine")
-        await b.register(np.zeros(1 << 20, np.uint8), name="theirs")
+        # More than is ever copied at once.
+        mine = await a.register(np.ones(4 << 20, np.uint8), name="mine")
+        await b.register(np.zeros(4 << 20, np.uint8), name="theirs")
         await known(a, peer, "theirs")
         asked = asyncio.create_task(asyncio.to_thread(inspection.ask, path, {"do": "record", "seconds": 0.5}))
         while not asked.done():
