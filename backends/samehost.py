@@ -72,11 +72,11 @@ class _Process:
     pidfd: int
     alive: select.poll
     identity: int
-    description: bytes = b""
+    description: bytes
+    ways: Ways
     packed: Any = None
     """The native side of packed copies; `None` without, and then `unpacked` says why."""
     unpacked: str = ""
-    ways: Ways = field(default_factory=lambda: Ways(ASSUMED))
     under_way: dict[str, int] = field(default_factory=lambda: {DIRECT: 0, PACKED: 0})
     mixed: int = 0
     """How often an op was begun while others went the other way: what such ops take says nothing of either way alone."""
@@ -152,7 +152,8 @@ class SameHostBackend(Backend):
         if way is not None and way not in _WAYS:
             raise ConfigurationError(f"way is {way!r}; it must be one of {', '.join(map(repr, _WAYS))}, or None for either")
         self._forced = None if way is None else _WAYS[way]
-        self._n_threads = min(4, len(os.sched_getaffinity(0)))
+        self._n_cores = len(os.sched_getaffinity(0))
+        self._n_threads = min(4, self._n_cores)
         self.limits = replace(type(self).limits, lanes=self._n_threads)
         self._nonce = np.frombuffer(bytearray(secrets.token_bytes(_NONCE_NBYTES)), np.uint8)
         # What our packed copies are known by to the peers that serve them.
@@ -174,7 +175,7 @@ class SameHostBackend(Backend):
         self._threads = ThreadPoolExecutor(self._n_threads, thread_name_prefix="nixl-samehost")
         self._packers = ThreadPoolExecutor(self.limits.max_ops, thread_name_prefix="nixl-packer")
         if self._forced != DIRECT:
-            self._server = lib.nx_packed_open(max(1, min(4, len(os.sched_getaffinity(0)) // 2)), self._nonce.tobytes())
+            self._server = lib.nx_packed_open(max(1, min(4, self._n_cores // 2)), self._nonce.tobytes())
 
     async def aclose(self) -> None:
         """Stop watching peers and end the threads."""
@@ -266,8 +267,8 @@ class SameHostBackend(Backend):
         alive = select.poll()
         alive.register(pidfd, select.POLLIN)
         await self.disconnect(peer.name)
-        ways = Ways(ASSUMED, len(os.sched_getaffinity(0)) / self._n_threads)
-        process = _Process(pid, pidfd, alive, identity, peer.description, ways=ways)
+        ways = Ways(ASSUMED, self._n_cores / self._n_threads)
+        process = _Process(pid, pidfd, alive, identity, peer.description, ways)
         self._processes[peer.name] = process
         host.loop.add_reader(pidfd, self._ended, peer.name)
         self._open_packed(process, fd, nonce)
